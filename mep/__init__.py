@@ -1,0 +1,49 @@
+"""mep: exact Equilibrium Propagation for PyTorch."""
+
+from mep import data, init, models
+from mep.blocks import Chain, TraceError, trace
+from mep.contrast import (
+    AutoBeta,
+    Estimate,
+    centered,
+    energy,
+    estimate,
+    five_point,
+    free_states,
+    one_sided,
+    settle,
+    state_gradients,
+)
+from mep.energies import KL, PredictionError, Squared
+from mep.optim import EPOptimizer, param_groups
+from mep.settling import Anderson, GradientDescent, Limit, Sweep
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KL",
+    "Anderson",
+    "AutoBeta",
+    "Chain",
+    "EPOptimizer",
+    "Estimate",
+    "GradientDescent",
+    "Limit",
+    "PredictionError",
+    "Squared",
+    "Sweep",
+    "TraceError",
+    "centered",
+    "data",
+    "energy",
+    "estimate",
+    "five_point",
+    "free_states",
+    "init",
+    "models",
+    "one_sided",
+    "param_groups",
+    "settle",
+    "state_gradients",
+    "trace",
+]

@@ -1,0 +1,102 @@
+"""The block: one predicted state of a chain, and the five things settling asks of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Block"]
+
+
+class Block(ABC):
+    """One map ``f`` of a chain, ``s_i = f(s_{i-1})``: parameter-free parts, then a weighted layer.
+
+    A *point* is what the block keeps of one evaluation (activities, pooling indices, masks). Only
+    the block itself reads it. Shapes: input state ``s`` ``(B, *in)``, error ``e`` and prediction
+    ``(B, *out)``.
+
+    Attributes:
+        name: the path of the block's weighted module in the model.
+        modules: the model's modules in the order in which they are applied.
+        kind: ``"closed form"`` or ``"local autograd"``.
+    """
+
+    kind: str
+
+    def __init__(self, name: str, modules: list[nn.Module]) -> None:
+        self.name = name
+        self.modules = modules
+
+    @abstractmethod
+    def predict(self, s: Tensor) -> tuple[Tensor, Any]:
+        """Returns ``f(s)`` and the point at ``s``."""
+
+    @abstractmethod
+    def product(self, point: Any, e: Tensor) -> Tensor:
+        """Returns the part of ``J^T e`` that does not depend on the state (``W^T e``)."""
+
+    @abstractmethod
+    def pull(self, point: Any, product: Tensor) -> Tensor:
+        """Completes ``J(s)^T e`` at a point from the product of the same block."""
+
+    def inner(self, point: Any, product: Tensor) -> Tensor | None:
+        """Returns ``J^T e`` up to a leading ramp (ReLU, Hardtanh), if the block begins with one.
+
+        A ramp has no derivative at its kinks. A unit whose error would carry it across one and
+        back again comes to rest on the kink instead; ``at_rest`` finds such units.
+        """
+        return None
+
+    def at_rest(self, s: Tensor, delta: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+        """Solves each unit of a leading ramp exactly: ``e`` in ``subdifferential of phi(s) inner``.
+
+        Args:
+            s: free state, ``(B, *in)``.
+            delta: displacement of its prediction.
+            inner: from ``inner``, times the nudging strength.
+
+        Returns:
+            The unit's displacement ``d`` and its error ``e = d - delta``. Only asked of blocks
+            whose ``inner`` is not None.
+        """
+        raise AssertionError("the block does not begin with a ramp")
+
+    def least_force(self, s: Tensor, e: Tensor, inner: Tensor) -> Tensor:
+        """Returns the smallest of ``e - subdifferential of phi(s) inner``, unit by unit."""
+        raise AssertionError("the block does not begin with a ramp")
+
+    @abstractmethod
+    def difference(self, point: Any, d: Tensor) -> tuple[Tensor, Any]:
+        """Returns ``f(s + d) - f(s)`` without cancellation, and the point at ``s + d``."""
+
+    @abstractmethod
+    def gradients(
+        self, point: Any, e: Tensor, scale: float
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yields ``(parameter, scale (df/dtheta)^T e)``, summed over the batch.
+
+        Parameters with ``requires_grad=False`` are left out.
+        """
+
+    def commit(self, point: Any) -> None:
+        """Makes the side effects of the free evaluation (running statistics) permanent."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters of all modules, each once."""
+        return nn.ModuleList(self.modules).parameters()
+
+    def describe(self) -> str:
+        """Returns the modules on one line, as ``ReLU > Linear(512, 10)``."""
+        return " > ".join(_short(m) for m in self.modules)
+
+
+def _short(module: nn.Module) -> str:
+    name = type(module).__name__
+    if isinstance(module, nn.Linear):
+        return f"{name}({module.in_features}, {module.out_features})"
+    if isinstance(module, nn.Conv2d):
+        return f"{name}({module.in_channels}, {module.out_channels}, {module.kernel_size})"
+    return name

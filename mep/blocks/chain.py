@@ -1,0 +1,179 @@
+"""The chain: a model as blocks, and the free phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mep.blocks.block import Block
+from mep.blocks.closed import ClosedBlock
+from mep.blocks.layers import layer_of
+from mep.blocks.local import LocalBlock
+from mep.blocks.operations import operation_of
+from mep.blocks.pieces import Piece, pieces_of
+
+__all__ = ["Chain", "TraceError", "trace"]
+
+# Parameters of these belong to the block they precede: they scale a state, they do not predict one.
+_NORMALISATIONS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.PReLU,
+)
+
+
+class TraceError(ValueError):
+    """A model that cannot be read as a chain; the message lists every reason and the remedy."""
+
+
+class Chain:
+    """A model as blocks ``f_1 ... f_L`` with ``s_i = f_i(s_{i-1})``, ``s_0 = x``.
+
+    Attributes:
+        blocks: the blocks, from input to output. They share the model's modules and parameters.
+    """
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)
+
+    @torch.no_grad()
+    def free(self, x: Tensor) -> tuple[list[Tensor], list[Any]]:
+        """Runs the free phase: the forward pass, which is the free equilibrium exactly.
+
+        Args:
+            x: input, shape ``(B, *in)``.
+
+        Returns:
+            The states ``s_1 ... s_L`` and each block's point at its input.
+
+        Raises:
+            ValueError: if a block cannot take its input; the message names the block.
+        """
+        states, points, s = [], [], x
+        for block in self.blocks:
+            try:
+                s, point = block.predict(s)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, IndexError, ValueError) as error:
+                raise ValueError(
+                    f"`x` of shape {tuple(x.shape)} does not fit the model: block `{block.name}` "
+                    f"({block.describe()}) was given shape {tuple(s.shape)} and said: {error}"
+                ) from error
+            states.append(s)
+            points.append(point)
+        return states, points
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields every parameter of the chain once."""
+        seen: set[int] = set()
+        for block in self.blocks:
+            for parameter in block.parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+
+def trace(model: nn.Module, *, gradient_method: str = "analytic") -> Chain:
+    """Reads a model as a chain of blocks.
+
+    A block is the parameter-free modules and normalisations that come first and then one weighted
+    module (Linear, Conv2d, a residual or attention block, any module with parameters), so states
+    are pre-activations and the last one is the logits. Trailing parameter-free modules form a last
+    block.
+
+    Args:
+        model: a module that takes one tensor and returns one tensor: a nested ``nn.Sequential``, or
+            anything ``torch.fx`` can record.
+        gradient_method: ``"analytic"`` uses closed forms where there are any, ``"autograd"``
+            differentiates every block by local autograd (the reference).
+
+    Returns:
+        The chain, sharing the model's parameters.
+
+    Raises:
+        TraceError: if the model cannot be cut; the message lists every reason.
+        TypeError: if ``model`` is no module.
+        ValueError: if ``gradient_method`` is unknown.
+
+    >>> chain = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    >>> [block.describe() for block in chain]
+    ['Linear(4, 8)', 'ReLU > Linear(8, 2)']
+
+    Source: Whittington & Bogacz 2017, eq. 2.4 (the chain); here with pre-activation states.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+    if gradient_method not in ("analytic", "autograd"):
+        raise ValueError(
+            f"`gradient_method` must be 'analytic' or 'autograd', got {gradient_method!r}"
+        )
+    pieces, reasons = pieces_of(model)
+    groups = _group(pieces)
+    reasons += _stateful_sharing(groups)
+    if not reasons and not any(True for _ in model.parameters()):
+        reasons.append("it has no parameters")
+    if reasons:
+        raise TraceError(
+            "the model cannot be cut into a chain of blocks:\n"
+            + "\n".join(f"  - {reason}" for reason in reasons)
+        )
+    closed = gradient_method == "analytic"
+    return Chain([_block(group, closed) for group in groups])
+
+
+def _group(pieces: list[Piece]) -> list[list[Piece]]:
+    """Closes a group at every weighted piece; what trails makes a last group."""
+    groups: list[list[Piece]] = []
+    open_group: list[Piece] = []
+    for piece in pieces:
+        open_group.append(piece)
+        if _is_weighted(piece.module):
+            groups.append(open_group)
+            open_group = []
+    return [*groups, open_group] if open_group else groups
+
+
+def _is_weighted(module: nn.Module) -> bool:
+    has_parameters = next(module.parameters(), None) is not None
+    return has_parameters and not isinstance(module, _NORMALISATIONS)
+
+
+def _stateful_sharing(groups: list[list[Piece]]) -> list[str]:
+    """A module with running statistics in two blocks would have one update overwrite the other."""
+    home: dict[int, str] = {}
+    reasons = []
+    for group in groups:
+        name = group[-1].name
+        for piece in group:
+            for buffer in piece.module.buffers():
+                if home.setdefault(id(buffer), name) != name:
+                    reasons.append(
+                        f"`{piece.name}` keeps buffers (running statistics) and is used in two "
+                        f"blocks, `{home[id(buffer)]}` and `{name}`; give each block its own module"
+                    )
+    return reasons
+
+
+def _block(group: list[Piece], closed: bool) -> Block:
+    modules = [piece.module for piece in group]
+    name = group[-1].name
+    layer = layer_of(modules[-1])
+    front = modules if layer is None else modules[:-1]
+    operations = [operation_of(module) for module in front]
+    known = [op for op in operations if op is not None]
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    if closed and not hooked and len(known) == len(operations):
+        return ClosedBlock(name, modules, known, layer)
+    return LocalBlock(name, modules)

@@ -1,0 +1,108 @@
+"""The closed-form block: parameter-free operations, then Linear or Conv2d, without a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mep.blocks.block import Block
+from mep.blocks.layers import Layer
+from mep.blocks.operations import Memo, Operation, Pointwise
+
+__all__ = ["ClosedBlock"]
+
+
+@dataclass
+class _Point:
+    """One evaluation: the input, the value after every operation, and the operations' memos."""
+
+    values: list[Tensor]
+    memos: list[Memo]
+
+
+class ClosedBlock(Block):
+    """``f(s) = W g(s) + b`` with ``g`` a chain of operations, all derivatives written out.
+
+    Args:
+        name: path of the weighted module in the model.
+        modules: the modules that ``operations`` and ``layer`` stand for.
+        operations: the parameter-free part ``g``, possibly empty.
+        layer: the weighted layer, or None for a chain's trailing parameter-free block.
+    """
+
+    kind = "closed form"
+
+    def __init__(
+        self, name: str, modules: list[nn.Module], operations: list[Operation], layer: Layer | None
+    ) -> None:
+        super().__init__(name, modules)
+        self.operations = operations
+        self.layer = layer
+        lead = operations[0] if operations else None
+        self.box = lead.activation.box if isinstance(lead, Pointwise) else None
+
+    def predict(self, s: Tensor) -> tuple[Tensor, _Point]:
+        values, memos = [s], []
+        for operation in self.operations:
+            y, memo = operation.apply(values[-1])
+            values.append(y)
+            memos.append(memo)
+        a = values[-1]
+        return (a if self.layer is None else self.layer.apply(a)), _Point(values, memos)
+
+    def product(self, point: _Point, e: Tensor) -> Tensor:
+        return e if self.layer is None else self.layer.pull(point.values[-1], e)
+
+    def pull(self, point: _Point, product: Tensor) -> Tensor:
+        return self._pull_through(point, product, 0)
+
+    def inner(self, point: _Point, product: Tensor) -> Tensor | None:
+        return None if self.box is None else self._pull_through(point, product, 1)
+
+    def at_rest(self, s: Tensor, delta: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.box is not None
+        low, high = self.box
+        f = s + delta
+        inside = (f > low) & (f < high)
+        # Clamped in displacements, so that a unit at rest sits on its kink to the last bit.
+        d = torch.minimum(torch.maximum(delta + inner, low - s), high - s)
+        d = torch.where(inside, d, delta)
+        clear = inside & (s + d > low) & (s + d < high)
+        return d, torch.where(clear, inner, d - delta)
+
+    def least_force(self, s: Tensor, e: Tensor, inner: Tensor) -> Tensor:
+        assert self.box is not None
+        low, high = self.box
+        zero = torch.zeros_like(inner)
+        one_side = torch.where((s > low) & (s < high), inner, zero)
+        other_side = torch.where((s >= low) & (s <= high), inner, zero)
+        below, above = torch.minimum(one_side, other_side), torch.maximum(one_side, other_side)
+        return e - torch.minimum(torch.maximum(e, below), above)
+
+    def _pull_through(self, point: _Point, g: Tensor, first: int) -> Tensor:
+        for k in reversed(range(first, len(self.operations))):
+            g = self.operations[k].pull(point.values[k], point.values[k + 1], point.memos[k], g)
+        return g
+
+    def difference(self, point: _Point, d: Tensor) -> tuple[Tensor, _Point]:
+        values, memos = [point.values[0] + d], []
+        for k, operation in enumerate(self.operations):
+            x, y = point.values[k], point.values[k + 1]
+            d, memo = operation.difference(x, y, point.memos[k], d)
+            values.append(y + d)
+            memos.append(memo)
+        return (d if self.layer is None else self.layer.push(d)), _Point(values, memos)
+
+    def gradients(
+        self, point: _Point, e: Tensor, scale: float
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        if self.layer is None:
+            return
+        weight, bias = self.layer.module.weight, self.layer.module.bias
+        if weight.requires_grad:
+            yield weight, self.layer.weight_gradient(point.values[-1], e, scale)
+        if bias is not None and bias.requires_grad:
+            yield bias, self.layer.bias_gradient(e).mul_(scale)

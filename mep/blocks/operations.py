@@ -1,0 +1,167 @@
+"""Parameter-free operations with a closed form: activation, pooling, reshaping, dropout.
+
+Each is applied before a block's weighted layer. All share one shape: ``apply`` evaluates it and
+returns a memo (pooling indices, a dropout mask) that the other two methods need.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mep.blocks.activations import Activation, of_module
+
+__all__ = ["Dropout", "MaxPool2d", "Operation", "Pointwise", "Reshape", "operation_of"]
+
+Memo = Tensor | None
+
+
+class Operation(ABC):
+    """A parameter-free map ``y = g(x)`` of a batch, ``x`` of shape ``(B, *units)``."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> tuple[Tensor, Memo]:
+        """Returns ``g(x)`` and the memo of this evaluation."""
+
+    @abstractmethod
+    def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
+        """Returns ``J(x)^T g`` at the evaluation that gave ``y`` and ``memo``."""
+
+    @abstractmethod
+    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
+        """Returns ``g(x + d) - g(x)`` without cancellation, and the memo at ``x + d``."""
+
+
+class Pointwise(Operation):
+    """An activation, unit by unit."""
+
+    def __init__(self, activation: Activation) -> None:
+        self.activation = activation
+
+    def apply(self, x: Tensor) -> tuple[Tensor, Memo]:
+        return self.activation.value(x), None
+
+    def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
+        return self.activation.pull(x, y, g)
+
+    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
+        return self.activation.difference(x, y, d), None
+
+
+class Reshape(Operation):
+    """A change of shape that keeps the batch dimension first (flatten, unflatten)."""
+
+    def __init__(self, module: Callable[[Tensor], Tensor]) -> None:
+        self.module = module
+
+    def apply(self, x: Tensor) -> tuple[Tensor, Memo]:
+        return self.module(x), None
+
+    def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
+        return g.reshape(x.shape)
+
+    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
+        return self.module(d), None
+
+
+class AvgPool2d(Operation):
+    """Average pooling, a linear map."""
+
+    def __init__(self, module: nn.AvgPool2d) -> None:
+        self.module = module
+
+    def apply(self, x: Tensor) -> tuple[Tensor, Memo]:
+        return self.module(x), None
+
+    def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
+        m = self.module
+        stride = m.kernel_size if m.stride is None else m.stride
+        pair = nn.modules.utils._pair
+        return torch.ops.aten.avg_pool2d_backward(
+            g, x, pair(m.kernel_size), pair(stride), pair(m.padding),
+            m.ceil_mode, m.count_include_pad, m.divisor_override,
+        )  # fmt: skip
+
+    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
+        return self.module(d), None
+
+
+class MaxPool2d(Operation):
+    """Max pooling; the memo holds the indices of the winners."""
+
+    def __init__(self, module: nn.MaxPool2d) -> None:
+        self.module = module
+
+    def apply(self, x: Tensor) -> tuple[Tensor, Memo]:
+        m = self.module
+        return F.max_pool2d_with_indices(
+            x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode
+        )
+
+    def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
+        assert memo is not None
+        back = torch.zeros_like(x).flatten(2)
+        # scatter_add: windows may overlap, and then one winner serves several outputs.
+        return back.scatter_add_(2, memo.flatten(2), g.flatten(2)).view_as(x)
+
+    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
+        _, winners = self.apply(x + d)
+        assert winners is not None
+        index = winners.flatten(2)
+        # An unchanged winner contributes exactly its own displacement: the bracket is 0.
+        moved = x.flatten(2).gather(2, index).view_as(y) - y
+        return moved + d.flatten(2).gather(2, index).view_as(y), winners
+
+
+class Dropout(Operation):
+    """Dropout whose mask, drawn once in the free phase, serves every phase of the step."""
+
+    def __init__(self, module: nn.Dropout) -> None:
+        self.module = module
+
+    def apply(self, x: Tensor) -> tuple[Tensor, Memo]:
+        p = self.module.p
+        if not self.module.training or p == 0:
+            return x, None
+        # Drawn in float32 whatever the dtype, so that a float64 replay meets the same mask.
+        kept = torch.rand(x.shape, device=x.device) >= p
+        mask = kept.to(x.dtype) / (1 - p) if p < 1 else torch.zeros_like(x)
+        return x * mask, mask
+
+    def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
+        return g if memo is None else g * memo
+
+    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
+        return self.pull(x, y, memo, d), memo
+
+
+def _is_plain_max_pool(module: nn.Module) -> bool:
+    return type(module) is nn.MaxPool2d and not module.return_indices
+
+
+def operation_of(module: nn.Module) -> Operation | None:
+    """Returns the closed form of a parameter-free module, or None if it has none.
+
+    >>> type(operation_of(nn.Flatten())).__name__
+    'Reshape'
+    >>> operation_of(nn.LogSoftmax(1)) is None
+    True
+    """
+    activation = of_module(module)
+    if activation is not None:
+        return Pointwise(activation)
+    if type(module) is nn.Flatten and module.start_dim >= 1:
+        return Reshape(module)
+    if type(module) is nn.Unflatten and isinstance(module.dim, int) and module.dim >= 1:
+        return Reshape(module)
+    if type(module) is nn.Dropout:
+        return Dropout(module)
+    if type(module) is nn.AvgPool2d:
+        return AvgPool2d(module)
+    if _is_plain_max_pool(module):
+        return MaxPool2d(module)  # pyright: ignore[reportArgumentType]
+    return None

@@ -1,0 +1,70 @@
+"""``mep diagnose``: one EP gradient against backprop, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+import mep
+from mep.bench import diagnose as benchmark
+from mep.bench.train import BACKPROP
+from mep.cli import choices, options
+from mep.training import load_checkpoint
+
+__all__ = ["diagnose"]
+
+
+def diagnose(
+    context: typer.Context,
+    dataset: options.DatasetName = "digits",
+    model: options.Model = "mlp",
+    depth: options.Depth = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A checkpoint of mep train with the same model.")
+    ] = None,
+    settler: options.Settler = None,
+    sweeps: options.Sweeps = None,
+    settle_steps: options.SettleSteps = None,
+    tol: options.Tol = None,
+    stencil: options.Stencil = None,
+    beta: options.Beta = None,
+    c: options.C = None,
+    batch: options.Batch = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights.")] = 0,
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs/diagnose"),
+    device: options.Device = "cpu",
+) -> None:
+    """Compare the EP gradient of one test batch with backprop's: regime, residual, cosine."""
+    with choices.usage():
+        choices.prepare(out, device)
+        data = choices.load(dataset, data_dir, batch)
+        make_model, sizes = choices.network(model, data, depth)
+        way = choices.estimator(settler, sweeps, settle_steps, tol, stencil, beta, c)
+        torch.manual_seed(seed)
+        net = make_model()
+        if checkpoint is not None:
+            _take_weights(net, checkpoint)
+        net = net.to(device).eval()
+        x, y = data.x_test.to(device), data.y_test.to(device)
+        diagnosis = mep.diagnose(net, x, y, **way.arguments)
+    config = {
+        "dataset": dataset, **sizes, **way.config, "batch": len(x), "seed": seed,
+        "trained": checkpoint is not None, "device": device,
+    }  # fmt: skip
+    record = benchmark.run(diagnosis, way.label, config, choices.command_line(context))
+    choices.show(benchmark, record, out, "diagnosis.png")
+
+
+def _take_weights(model: nn.Module, path: Path) -> None:
+    """The weights of a checkpoint's EP arm (its only one, if it has no other)."""
+    arms = load_checkpoint(path)["arms"]
+    name = next((name for name in arms if name != BACKPROP), BACKPROP)
+    try:
+        model.load_state_dict(arms[name]["model"])
+    except RuntimeError as error:
+        raise ValueError(f"The checkpoint {path} holds another model: {error}") from error

@@ -1,0 +1,73 @@
+"""What a word on the command line stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+import mep
+from mep.data import Dataset
+
+__all__ = ["DEFAULTS", "MODELS", "SCHEDULES", "SETTLERS", "STENCILS", "Defaults"]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a data set is trained with unless an option says otherwise."""
+
+    hidden: tuple[int, ...]
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+
+DEFAULTS = {
+    "digits": Defaults(hidden=(128, 128), epochs=15, batch_size=32, lr=0.05, weight_decay=1e-4),
+    "mnist": Defaults(hidden=(512, 512), epochs=10, batch_size=128, lr=0.05),
+    "fashion-mnist": Defaults(hidden=(512, 512), epochs=10, batch_size=128, lr=0.05),
+}
+
+
+def _mlp(data: Dataset, hidden: tuple[int, ...]) -> nn.Module:
+    return mep.models.mlp(data.x_train[0].numel(), hidden=hidden, out_features=data.classes)
+
+
+def _cnn(data: Dataset, channels: tuple[int, ...], hidden: int) -> nn.Module:
+    _, colours, size, _ = data.x_train.shape
+    return mep.models.cnn(
+        colours, size=size, out_features=data.classes, channels=channels, hidden=hidden
+    )
+
+
+def _deep_mlp(data: Dataset, depth: int, width: int) -> nn.Module:
+    features = data.x_train[0].numel()
+    return mep.models.deep_mlp(depth, width, in_features=features, out_features=data.classes)
+
+
+MODELS = {
+    "mlp": (_mlp, {}),
+    "cnn": (_cnn, {"channels": (32, 64), "hidden": 128}),
+    "deep-mlp": (_deep_mlp, {"depth": 10, "width": 128}),
+}
+"""Model -> what makes it for a data set, and its sizes; those of mlp come with the data set."""
+
+SETTLERS: Mapping[str, tuple[type[Any], Mapping[str, str]]] = {
+    "sweep": (mep.Sweep, {"sweeps": "max_sweeps", "tol": "tol"}),
+    "descent": (mep.GradientDescent, {"settle_steps": "max_steps", "tol": "tol"}),
+    "anderson": (mep.Anderson, {"sweeps": "max_steps", "tol": "tol"}),
+    "limit": (mep.Limit, {}),
+}
+"""Settler -> its class, and the options it takes with the name of the field each one sets."""
+
+STENCILS = {
+    "one-sided": mep.one_sided,
+    "centered": mep.centered,
+    "five-point": mep.five_point,
+}
+
+SCHEDULES = ("one-cycle", "constant")

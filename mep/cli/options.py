@@ -1,0 +1,61 @@
+"""The options that several subcommands share, each written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mep.cli.names import DEFAULTS, MODELS, SETTLERS, STENCILS
+
+__all__ = [
+    "Batch", "Beta", "C", "DataDir", "DatasetName", "Depth", "Device", "MaxSamples", "Model",
+    "Out", "SettleSteps", "Settler", "Stencil", "Sweeps", "Tol",
+]  # fmt: skip
+
+
+def _of(names) -> str:
+    return "|".join(names)
+
+
+DatasetName = Annotated[
+    str, typer.Argument(metavar=f"[{_of(DEFAULTS)}]", help="Data set.", show_default=True)
+]
+Model = Annotated[str, typer.Option(metavar=_of(MODELS), help="Architecture.")]
+Depth = Annotated[
+    int | None, typer.Option(min=2, help="Weighted layers of deep-mlp.  [default: 10]")
+]
+Settler = Annotated[
+    str | None,
+    typer.Option(metavar=_of(SETTLERS), help="How EP settles.  [default: sweep]"),
+]
+Sweeps = Annotated[
+    int | None, typer.Option(min=1, help="Most sweeps per nudged phase (sweep, anderson).")
+]
+SettleSteps = Annotated[
+    int | None, typer.Option(min=1, help="Most steps per nudged phase (descent).")
+]
+Tol = Annotated[float | None, typer.Option(help="Median residual at which settling stops.")]
+Stencil = Annotated[
+    str | None,
+    typer.Option(metavar=_of(STENCILS), help="Nodes in beta.  [default: one-sided]"),
+]
+Beta = Annotated[
+    str | None,
+    typer.Option(metavar="auto|FLOAT", help="Nudging strength; auto scales it by depth.  "
+                 "[default: auto]"),
+]  # fmt: skip
+C = Annotated[
+    float | None,
+    typer.Option("--c", help="Relative strength of the automatic nudge.  [default: 0.05]"),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Samples in the batch.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with the data files, searched before a download.")
+]
+MaxSamples = Annotated[
+    int | None, typer.Option(min=1, help="Use at most this many training and test samples.")
+]
+Device = Annotated[str, typer.Option(help="Device, such as cpu or cuda.")]
+Out = Annotated[Path, typer.Option(help="Folder for record, table and plot.")]

@@ -1,0 +1,54 @@
+"""``mep settle``: the course of the residual, for both ways of settling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import mep
+from mep.bench import settle as benchmark
+from mep.cli import choices, options
+
+__all__ = ["settle"]
+
+
+def settle(
+    context: typer.Context,
+    dataset: options.DatasetName = "digits",
+    model: options.Model = "deep-mlp",
+    depth: options.Depth = None,
+    sweeps: Annotated[int, typer.Option(min=1, help="Sweeps to take.")] = 8,
+    settle_steps: Annotated[int, typer.Option(min=1, help="Gradient steps to take.")] = 60,
+    beta: options.Beta = None,
+    c: options.C = None,
+    batch: options.Batch = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights.")] = 0,
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs/settle"),
+    device: options.Device = "cpu",
+) -> None:
+    """Settle one test batch by sweeps and by gradient descent, and plot the residuals."""
+    with choices.usage():
+        choices.prepare(out, device)
+        data = choices.load(dataset, data_dir, batch)
+        make_model, sizes = choices.network(model, data, depth)
+        strength, nudge = choices.nudging(beta, c)
+        torch.manual_seed(seed)
+        net = make_model().to(device).eval()
+        settlers = {
+            "sweep": mep.Sweep(max_sweeps=sweeps, tol=None),
+            "descent": mep.GradientDescent(max_steps=settle_steps),
+        }
+        layers = f", {sizes['depth']} layers" if "depth" in sizes else ""
+        config = {
+            "dataset": dataset, **sizes, "label": f"{model}{layers}, {dataset}", "sweeps": sweeps,
+            "settle_steps": settle_steps, **nudge, "batch": len(data.x_test), "seed": seed,
+            "device": device,
+        }  # fmt: skip
+        x, y = data.x_test.to(device), data.y_test.to(device)
+        command = choices.command_line(context)
+        record = benchmark.run(net, x, y, settlers, strength, config, command)
+    choices.show(benchmark, record, out, "settling.png")

@@ -1,0 +1,142 @@
+"""``mep train``: train by EP, and beside it by backprop."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+import mep
+from mep.bench import train as contest
+from mep.cli import choices, options
+from mep.cli.names import DEFAULTS, SCHEDULES
+from mep.training import Observer, ProgressBar, TensorBoard, TrainingConfig
+
+__all__ = ["train"]
+
+
+def train(
+    context: typer.Context,
+    dataset: options.DatasetName = "digits",
+    model: options.Model = "mlp",
+    depth: options.Depth = None,
+    optimizer: Annotated[str, typer.Option(metavar="ep|backprop", help="What trains.")] = "ep",
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="backprop", help="Train this beside it, batch by batch."),
+    ] = None,
+    settler: options.Settler = None,
+    sweeps: options.Sweeps = None,
+    settle_steps: options.SettleSteps = None,
+    tol: options.Tol = None,
+    stencil: options.Stencil = None,
+    beta: options.Beta = None,
+    c: options.C = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per update.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Momentum.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
+    schedule: Annotated[
+        str, typer.Option(metavar="|".join(SCHEDULES), help="Course of the learning rate.")
+    ] = "one-cycle",
+    seeds: Annotated[str, typer.Option(help="One run per seed, such as 0,1,2.")] = "0",
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs/train"),
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on from the checkpoints in --out.")
+    ] = True,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to the folder tensorboard in --out.")
+    ] = False,
+    max_samples: options.MaxSamples = None,
+    device: options.Device = "cpu",
+) -> None:
+    """Train a network by Equilibrium Propagation, by backprop, or by both in lock-step."""
+    with choices.usage():
+        choices.prepare(out, device)
+        data = choices.load(dataset, data_dir, max_samples)
+        make_model, sizes = choices.network(model, data, depth)
+        way = _way(optimizer, settler, sweeps, settle_steps, tol, stencil, beta, c)
+        rule = _given(dataset, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        course = {**_given(dataset, epochs=epochs, batch_size=batch_size), "schedule": schedule}
+        run = contest.Contest(
+            data=data,
+            model=make_model,
+            arms=_arms(way, compare, rule, deep="depth" in sizes),
+            training=TrainingConfig(**course),
+            seeds=choices.integers("--seeds", seeds),
+            config={
+                "dataset": dataset,
+                **sizes,
+                "optimizer": optimizer,
+                "compare": compare,
+                **(way.config if way else {}),
+                **rule,
+                "depth_scale": "depth" in sizes,  # lr / depth for the hidden layers, in both arms
+                **course,
+                "seeds": choices.integers("--seeds", seeds),
+                "max_samples": max_samples,
+                "device": device,
+            },
+            diagnose=partial(mep.diagnose, **way.arguments) if way else None,
+            device=device,
+        )
+        for make in run.arms.values():
+            make(make_model())  # what the optimizer refuses, it refuses before anything is written
+        observe = _observers(out, tensorboard)
+    with choices.running():
+        record = contest.run(
+            run, out, choices.command_line(context), resume=resume, observe=observe
+        )
+    choices.show(contest, record, out, "curves.png")
+
+
+def _way(name: str, *estimator_options: Any) -> choices.Estimator | None:
+    """How EP takes its gradient, or None for backprop, which takes none of these options."""
+    if choices.pick("--optimizer", name, ("ep", "backprop")) == "ep":
+        return choices.estimator(*estimator_options)
+    given = zip(inspect.signature(choices.estimator).parameters, estimator_options, strict=True)
+    choices.refuse(dict(given), "--optimizer backprop")
+    return None
+
+
+def _given(dataset: str, **options_: Any) -> dict[str, Any]:
+    """Each option as given, or the data set's default."""
+    default = DEFAULTS[dataset]
+    return {k: getattr(default, k) if v is None else v for k, v in options_.items()}
+
+
+def _arms(
+    way: choices.Estimator | None, compare: str | None, rule: dict[str, float], deep: bool
+) -> dict[str, Callable[[nn.Module], mep.EPOptimizer]]:
+    arms = {} if way is None else {way.label: partial(_optimizer, way.arguments, rule, deep)}
+    if compare is not None:
+        choices.pick("--compare", compare, (contest.BACKPROP,))
+        if way is None:
+            choices.refuse({"compare": compare}, "--optimizer backprop")
+    if way is None or compare:
+        arms[contest.BACKPROP] = partial(_optimizer, {"mode": "backprop"}, rule, deep)
+    return arms
+
+
+def _optimizer(
+    arguments: Mapping[str, Any], rule: Mapping[str, float], depth_scale: bool, model: nn.Module
+) -> mep.EPOptimizer:
+    groups = mep.param_groups(model, rule["lr"], depth_scale=depth_scale)
+    return mep.EPOptimizer(groups, model=model, **rule, **arguments)
+
+
+def _observers(out: Path, tensorboard: bool) -> Callable[[int], Sequence[Observer]]:
+    def observe(seed: int) -> Sequence[Observer]:
+        bar = ProgressBar(f"seed {seed}")
+        return [bar, TensorBoard(out / "tensorboard" / f"seed{seed}")] if tensorboard else [bar]
+
+    if tensorboard:
+        TensorBoard(out)  # a missing package is noticed now, not after the checkpoints are read
+    return observe

@@ -1,0 +1,28 @@
+"""Stencils and the estimator: nudged phases -> local signals -> gradients."""
+
+from mep.contrast.estimate import Estimate, Sink, contrast, estimate
+from mep.contrast.inspect import energy, free_states, settle, state_gradients
+from mep.contrast.phases import chain_of, free_phase
+from mep.contrast.settings import Settings, settings
+from mep.contrast.stencils import Stencil, centered, five_point, one_sided
+from mep.contrast.strength import AutoBeta
+
+__all__ = [
+    "AutoBeta",
+    "Estimate",
+    "Settings",
+    "Sink",
+    "Stencil",
+    "centered",
+    "chain_of",
+    "contrast",
+    "energy",
+    "estimate",
+    "five_point",
+    "free_phase",
+    "free_states",
+    "one_sided",
+    "settings",
+    "settle",
+    "state_gradients",
+]

@@ -1,0 +1,188 @@
+"""The estimator: free phase, one nudged phase per stencil node, local gradients to a sink."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mep.contrast.phases import free_phase
+from mep.contrast.settings import Settings, settings
+from mep.contrast.stencils import Stencil, one_sided
+from mep.contrast.strength import AutoBeta, strength_of
+from mep.energies import Cost, FreePhase, PredictionError
+from mep.settling import (
+    CONVERGED,
+    DIVERGED,
+    LIMIT,
+    NOT_SETTLED,
+    GradientDescent,
+    Measured,
+    Residual,
+    Settled,
+    Solver,
+    settle,
+)
+
+__all__ = ["Estimate", "Sink", "contrast", "estimate"]
+
+Sink = Callable[[nn.Parameter, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Estimate(Measured):
+    """What one estimate found, besides the gradients.
+
+    Attributes:
+        loss: batch mean of the cost at the free equilibrium, a scalar tensor.
+        balance: residuals, the worst over the nudged phases; read ``residual`` (per sample,
+            ``(B,)``), ``median``, ``q95`` and ``aggregate``.
+        sweeps: steps or sweeps taken, the most over the nudged phases.
+        status: ``"converged"``, ``"not settled"``, ``"diverged"`` (then no gradient was written)
+            or ``"limit"`` (backprop by another name).
+        beta: the largest nudging strength of the stencil.
+    """
+
+    loss: Tensor
+    balance: Residual
+    sweeps: int
+    status: str
+    beta: float
+
+    @property
+    def converged(self) -> bool:
+        """True if every nudged phase reached its tolerance."""
+        return self.status == CONVERGED
+
+
+def estimate(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    *,
+    cost: str | Cost = "cross_entropy",
+    beta: float | str | AutoBeta = "auto",
+    settler: Solver | None = None,
+    stencil: Stencil = one_sided,
+    energy: PredictionError | None = None,
+    gradient_method: str = "analytic",
+    weight: float = 1.0,
+) -> Estimate:
+    """The counterpart of ``loss.backward()``: adds the gradient estimate to every ``.grad``.
+
+    ``g = (1/B) sum_k w_k dF/dtheta(s^{beta_k})`` with ``dF/dtheta_i = -(df_i/dtheta_i)^T e_i``,
+    the batch mean, from the settled states of each node of the stencil.
+
+    Args:
+        model: any model that ``mep.trace`` can read.
+        x: input, shape ``(B, *in)``.
+        target: what the cost takes: classes ``(B,)`` or ``(B, *positions)``, or real values.
+        cost: ``"cross_entropy"``, ``"mse"`` or a cost object.
+        beta: nudging strength: ``"auto"``, a number > 0, or ``mep.AutoBeta(c)``.
+        settler: how nudged phases are settled; ``mep.Sweep()`` by default.
+        stencil: ``mep.one_sided``, ``mep.centered`` or ``mep.five_point``.
+        energy: ``mep.PredictionError(output=...)``.
+        gradient_method: ``"analytic"`` (closed forms) or ``"autograd"`` (the reference).
+        weight: factor on what is added, ``n_i / N`` for unequal micro-batches.
+
+    Returns:
+        Loss, residuals and status. If a phase diverged, no ``.grad`` has been touched.
+
+    Raises:
+        TypeError, ValueError: if an argument does not fit; nothing has changed then.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    >>> found = estimate(model, torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1]))
+    >>> found.status, tuple(found.residual.shape), model[0].weight.grad is not None
+    ('converged', (5,), True)
+
+    Source: Scellier & Bengio 2017, eq. 10; Laborieux et al. 2021, eq. 8 (centered).
+    """
+    how = settings(
+        cost=cost, beta=beta, settler=settler, stencil=stencil, energy=energy,
+        gradient_method=gradient_method,
+    )  # fmt: skip
+    free = free_phase(model, x, target, how)
+    return contrast(free, how, _add_to_grad, weight=weight)
+
+
+def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
+
+
+@torch.no_grad()
+def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0) -> Estimate:
+    """Settles every node of the stencil, gives a verdict, then sends the gradients to a sink.
+
+    Args:
+        free: the free phase of a batch.
+        how: the strategy.
+        sink: receives ``(parameter, gradient)``, block by block; may be called several times for
+            one parameter, whose gradient is the sum.
+        weight: factor on all gradients.
+
+    Returns:
+        The estimate. The sink was not called if a phase diverged or the loss is not finite.
+    """
+    beta = strength_of(how.beta, free)
+    # The errors vanish at the free equilibrium: a node at 0 adds nothing.
+    nodes = [(b, w) for b, w in how.stencil(beta) if b != 0]
+    phases = [settle(how.energy.nudged(free, b), how.settler) for b, _ in nodes]
+    found = _summary(free, phases, nodes)
+    if found.status == DIVERGED:
+        warnings.warn(_divergence(found, how), stacklevel=3)
+        return found
+    if isinstance(how.settler, GradientDescent):
+        _warn_if_silent(phases[0])
+    batch = len(free.loss)
+    for phase, (b, node_weight) in zip(phases, nodes, strict=True):
+        at = phase.configuration
+        scale = -node_weight * b * weight / batch  # errors come per unit of beta
+        for block, point, e in zip(free.chain, at.points, at.local_errors(), strict=True):
+            for parameter, gradient in block.gradients(point, e, scale):
+                sink(parameter, gradient)
+    free.commit()
+    return found
+
+
+def _summary(free: FreePhase, phases: list[Settled], nodes: list[tuple[float, float]]) -> Estimate:
+    statuses = {phase.status for phase in phases}
+    loss = free.loss.mean()
+    worst = next(s for s in (DIVERGED, NOT_SETTLED, LIMIT, CONVERGED) if s in statuses)
+    per_sample = torch.stack([phase.residual for phase in phases]).amax(0)
+    return Estimate(
+        loss=loss,
+        balance=Residual(per_sample, phases[-1].balance.nudge),
+        sweeps=max(phase.steps for phase in phases),
+        status=worst if torch.isfinite(loss) else DIVERGED,
+        beta=max(abs(b) for b, _ in nodes),
+    )
+
+
+def _divergence(found: Estimate, how: Settings) -> str:
+    remedy = (
+        "the chain does not settle even under a relative nudge: lower `c`, or start from an "
+        "isometric initialiser (mep.init.orthogonal_, mep.init.identity_)"
+        if isinstance(how.beta, AutoBeta)
+        else f"beta={how.beta} is too strong for this chain: use beta='auto' and settler=mep.Sweep()"
+    )
+    return (
+        f"settling diverged (median residual {found.median:.2g}); no gradient was written. {remedy}"
+    )
+
+
+def _warn_if_silent(phase: Settled) -> None:
+    errors = phase.configuration.local_errors()
+    silent = sum(not bool(e.any()) for e in errors)
+    if silent and errors[-1].any():
+        warnings.warn(
+            f"{silent} of {len(errors)} layers get no signal: gradient settling moves information "
+            "one layer per step; use settler=mep.Sweep() with beta='auto', or more steps",
+            stacklevel=4,
+        )

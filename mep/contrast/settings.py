@@ -1,0 +1,60 @@
+"""How gradients are estimated: everything but the model and the batch, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mep.contrast.stencils import Stencil, one_sided
+from mep.contrast.strength import AutoBeta, check_beta
+from mep.energies import Cost, PredictionError, cost_of
+from mep.settling import Solver, Sweep
+
+__all__ = ["Settings", "settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The strategy of an estimate. Make one with ``settings``, which checks it."""
+
+    cost: Cost
+    beta: float | AutoBeta
+    settler: Solver
+    stencil: Stencil
+    energy: PredictionError
+    gradient_method: str
+
+
+def settings(
+    *,
+    cost: str | Cost = "cross_entropy",
+    beta: float | str | AutoBeta = "auto",
+    settler: Solver | None = None,
+    stencil: Stencil = one_sided,
+    energy: PredictionError | None = None,
+    gradient_method: str = "analytic",
+) -> Settings:
+    """Checks and completes the options that ``estimate``, ``settle`` and the optimizer share.
+
+    Raises:
+        TypeError, ValueError: naming the option and what it may be.
+    """
+    if settler is not None and not isinstance(settler, Solver):
+        raise TypeError(f"`settler` must be a mep solver such as mep.Sweep(), got {settler!r}")
+    if not callable(stencil):
+        raise TypeError(f"`stencil` must be a function such as mep.one_sided, got {stencil!r}")
+    if energy is not None and not isinstance(energy, PredictionError):
+        raise TypeError(
+            f"`energy` must be a mep energy such as mep.PredictionError(), got {energy!r}"
+        )
+    if gradient_method not in ("analytic", "autograd"):
+        raise ValueError(
+            f"`gradient_method` must be 'analytic' or 'autograd', got {gradient_method!r}"
+        )
+    return Settings(
+        cost_of(cost),
+        check_beta(beta),
+        settler or Sweep(),
+        stencil,
+        energy or PredictionError(),
+        gradient_method,
+    )

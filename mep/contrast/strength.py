@@ -1,0 +1,59 @@
+"""The nudging strength: a number, or a share of the chain's gain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mep.energies import FreePhase
+
+__all__ = ["AutoBeta", "check_beta", "strength_of"]
+
+
+@dataclass(frozen=True)
+class AutoBeta:
+    """``beta = c / kappa``: the output moves by about ``c`` times the cost's gradient.
+
+    ``kappa = sum_i ||e_i||^2 / ||e_L||^2`` comes from the first backward sweep of the batch; it is
+    the number of layers in an isometric chain.
+
+    Args:
+        c: relative nudge, > 0. ``beta="auto"`` is ``AutoBeta(0.05)``.
+
+    Raises:
+        ValueError: if ``c`` is not a positive finite number.
+
+    >>> AutoBeta(c=0.5)
+    AutoBeta(c=0.5)
+    """
+
+    c: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not (self.c > 0 and math.isfinite(self.c)):
+            raise ValueError(f"`AutoBeta(c=...)` must be a finite number > 0, got {self.c}")
+
+
+def check_beta(beta: float | str | AutoBeta) -> float | AutoBeta:
+    """Returns a valid strength: ``"auto"`` becomes ``AutoBeta()``.
+
+    Raises:
+        ValueError: if it is another string, zero, negative or not finite.
+        TypeError: if it is of another kind.
+    """
+    if isinstance(beta, AutoBeta):
+        return beta
+    if beta == "auto":
+        return AutoBeta()
+    if isinstance(beta, str):
+        raise ValueError(f"`beta` must be 'auto', a number > 0 or mep.AutoBeta(c), got {beta!r}")
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise TypeError(f"`beta` must be 'auto', a number or mep.AutoBeta(c), got {beta!r}")
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"`beta` must be a finite number > 0, got {beta}")
+    return float(beta)
+
+
+def strength_of(beta: float | AutoBeta, free: FreePhase) -> float:
+    """Returns the nudging strength for one batch."""
+    return beta.c / free.gain if isinstance(beta, AutoBeta) else beta

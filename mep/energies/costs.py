@@ -1,0 +1,155 @@
+"""Costs C(s_L, y): what the nudge pulls the output towards. Baselines use the very same objects."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Cost", "CrossEntropy", "SquaredError", "cost_of"]
+
+
+class Cost(ABC):
+    """A cost per sample, ``C(s, y)``, and its exact gradient in the output."""
+
+    name: str
+
+    @abstractmethod
+    def prepare(self, target: Tensor, output: Tensor) -> Tensor:
+        """Checks a target against an output of shape ``(B, ...)`` and brings it into form.
+
+        Raises:
+            TypeError: wrong kind of target.
+            ValueError: wrong shape, device or range.
+        """
+
+    @abstractmethod
+    def value(self, s: Tensor, y: Tensor) -> Tensor:
+        """Returns the cost per sample, shape ``(B,)``, for a prepared target."""
+
+    @abstractmethod
+    def gradient(self, s: Tensor, y: Tensor) -> Tensor:
+        """Returns ``dC/ds`` with the shape of ``s``, for a prepared target."""
+
+    def mean(self, s: Tensor, target: Tensor) -> Tensor:
+        """Returns the batch mean as a scalar: the loss that a backprop baseline minimises."""
+        return self.value(s, self.prepare(target, s)).mean()
+
+
+class CrossEntropy(Cost):
+    """``C = -log softmax(s)_y``, averaged over positions for ``(B, C, ...)`` outputs.
+
+    Targets are class indices ``(B, ...)`` in ``[0, C)``, of any integer type.
+
+    >>> CrossEntropy().mean(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor(1.3863)
+
+    Source: the same function as ``torch.nn.functional.cross_entropy``.
+    """
+
+    name = "cross_entropy"
+
+    def prepare(self, target: Tensor, output: Tensor) -> Tensor:
+        _same_device(target, output)
+        if output.dim() < 2:
+            raise ValueError(
+                f"cost 'cross_entropy' needs outputs (B, classes, ...), got {tuple(output.shape)}"
+            )
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise TypeError(
+                f"`target` must hold class indices (an integer type) for cost 'cross_entropy', got "
+                f"{target.dtype}; pass target.long(), or cost='mse' for real-valued targets"
+            )
+        expected = output.shape[:1] + output.shape[2:]
+        if target.shape != expected:
+            raise ValueError(
+                f"`target` must have shape {tuple(expected)} for an output of shape "
+                f"{tuple(output.shape)}, got {tuple(target.shape)}"
+            )
+        _check_classes(target, output.shape[1])
+        return target.long()
+
+    def value(self, s: Tensor, y: Tensor) -> Tensor:
+        per_position = F.cross_entropy(s, y, reduction="none")
+        return per_position if s.dim() == 2 else per_position.flatten(1).mean(1)
+
+    def gradient(self, s: Tensor, y: Tensor) -> Tensor:
+        p = torch.softmax(s, 1)
+        index = y.unsqueeze(1)
+        # p_y - 1 loses all its digits for well-classified samples; the other classes' sum does not.
+        p = p.scatter(1, index, 0.0)
+        p = p.scatter(1, index, -p.sum(1, keepdim=True))
+        return p if s.dim() == 2 else p / y[0].numel()
+
+
+class SquaredError(Cost):
+    """``C = 1/2 ||s - t||^2`` summed over units; integer labels are one-hot encoded.
+
+    >>> SquaredError().mean(torch.zeros(1, 3), torch.tensor([1]))
+    tensor(0.5000)
+
+    Source: Scellier & Bengio 2017, eq. 8.
+    """
+
+    name = "mse"
+
+    def prepare(self, target: Tensor, output: Tensor) -> Tensor:
+        _same_device(target, output)
+        if not target.is_floating_point() and target.shape == output.shape[:1] + output.shape[2:]:
+            _check_classes(target, output.shape[1])
+            one_hot = F.one_hot(target.long(), output.shape[1]).movedim(-1, 1)
+            return one_hot.to(output.dtype)
+        if target.shape != output.shape:
+            raise ValueError(
+                f"`target` must have the output's shape {tuple(output.shape)} or be integer labels "
+                f"of shape {tuple(output.shape[:1] + output.shape[2:])}, got {target.dtype} of "
+                f"shape {tuple(target.shape)}"
+            )
+        if not torch.isfinite(target).all():
+            raise ValueError("`target` holds NaN or infinite values; clean the data first")
+        return target.to(output.dtype)
+
+    def value(self, s: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (s - y).flatten(1).square().sum(1)
+
+    def gradient(self, s: Tensor, y: Tensor) -> Tensor:
+        return s - y
+
+
+def _same_device(target: Tensor, output: Tensor) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"`target` must be a Tensor, got {type(target).__name__}")
+    if target.device != output.device:
+        raise ValueError(
+            f"`target` is on {target.device} and the output on {output.device}; move the target"
+        )
+
+
+def _check_classes(target: Tensor, classes: int) -> None:
+    low, high = torch.aminmax(target)
+    if int(low) < 0 or int(high) >= classes:
+        raise ValueError(
+            f"`target` must hold classes in [0, {classes}), got values from {int(low)} to "
+            f"{int(high)}"
+        )
+
+
+_COSTS: dict[str, Cost] = {cost.name: cost for cost in (CrossEntropy(), SquaredError())}
+
+
+def cost_of(cost: str | Cost) -> Cost:
+    """Returns a cost by name, or the object itself.
+
+    Raises:
+        ValueError: unknown name.
+
+    >>> cost_of("mse").name
+    'mse'
+    """
+    if isinstance(cost, Cost):
+        return cost
+    if cost not in _COSTS:
+        raise ValueError(f"`cost` must be one of {sorted(_COSTS)} or a mep Cost, got {cost!r}")
+    return _COSTS[cost]

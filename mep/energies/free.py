@@ -1,0 +1,69 @@
+"""The free phase of one batch, and what follows from it to first order in the nudge."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep.blocks import Chain
+from mep.energies.costs import Cost
+from mep.settling import Messages
+
+__all__ = ["FreePhase"]
+
+
+class FreePhase:
+    """The free equilibrium of a chain at one batch: the forward pass, exactly.
+
+    Args:
+        chain: the chain.
+        x: input, shape ``(B, *in)``.
+        target: target as the cost takes it.
+        cost: the cost.
+
+    Raises:
+        TypeError, ValueError: if input or target do not fit; nothing has changed then.
+
+    Attributes:
+        states: ``s_1 ... s_L``.
+        points: every block's point at its free input.
+        target: the prepared target.
+        loss: cost per sample, shape ``(B,)``.
+    """
+
+    def __init__(self, chain: Chain, x: Tensor, target: Tensor, cost: Cost) -> None:
+        self.chain = chain
+        self.cost = cost
+        self.states, self.points = chain.free(x)
+        self.target = cost.prepare(target, self.states[-1])
+        self.loss = cost.value(self.states[-1], self.target)
+
+    @cached_property
+    def unit(self) -> Messages:
+        """The backward sweep at the free states, per unit of beta: from ``e_L = -dC/ds_L``."""
+        e = -self.cost.gradient(self.states[-1], self.target)
+        errors, products = [e], []
+        for block, point in zip(self.chain.blocks[:0:-1], self.points[:0:-1], strict=True):
+            products.append(block.product(point, e))
+            e = block.pull(point, products[-1])
+            errors.append(e)
+        return Messages(errors[::-1], products[::-1])
+
+    @cached_property
+    def gain(self) -> float:
+        """``kappa = sum_i ||e_i||^2 / ||e_L||^2``: how much every layer's move adds up."""
+        # Normalised by the output error first: squares of small errors underflow in float32.
+        errors = self.unit.errors
+        size = errors[-1].abs().max()
+        if not size > 0:
+            return float(len(errors))
+        total = torch.stack([(e / size).square().sum() for e in errors])
+        return float(total.sum() / total[-1])
+
+    def commit(self) -> None:
+        """Makes the free phase's running statistics permanent: once per step."""
+        for block, point in zip(self.chain.blocks, self.points, strict=True):
+            block.commit(point)

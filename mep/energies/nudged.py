@@ -1,0 +1,195 @@
+"""The nudged problem: what a chain, an energy, a cost and a nudging strength ask to be settled.
+
+Everything is a displacement from the free equilibrium. With ``delta_i = f_i(s_{i-1} + d_{i-1}) -
+f_i(s_{i-1})`` formed without cancellation, the errors are ``e_i = d_i - delta_i`` and the forces
+``e_i - J_{i+1}^T e_{i+1}``. The output's own displacement is ``v = d_L - delta_L``; its local
+error is what the output energy makes of it (``v`` itself for the squared error).
+
+Errors are carried per unit of beta: they keep an ordinary size however weak the nudge is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep.energies.free import FreePhase
+from mep.energies.outputs import OutputEnergy, Squared
+from mep.settling import Messages, Residual
+
+__all__ = ["Configuration", "Nudged"]
+
+
+@dataclass
+class Configuration:
+    """Displaced states and what is known of them.
+
+    Attributes:
+        free: the free states ``s_1 ... s_L``.
+        displacements: ``d_1 ... d_L``.
+        errors: ``e_1 ... e_{L-1}`` and the output's own displacement ``v``, per unit of beta.
+        signal: the local error that the output sends down, ``-dE/df_L``, per unit of beta.
+        points: every block's point at its displaced input.
+        products: ``W_{i+1}^T e_{i+1}`` for i < L where they are known.
+        at_kinks: True if units of leading ramps were solved exactly and may rest on a kink.
+    """
+
+    free: list[Tensor]
+    displacements: list[Tensor]
+    errors: list[Tensor]
+    signal: Tensor
+    points: list[Any]
+    products: list[Tensor] | None = None
+    at_kinks: bool = False
+
+    @property
+    def states(self) -> list[Tensor]:
+        """The displaced states."""
+        return [s + d for s, d in zip(self.free, self.displacements, strict=True)]
+
+    def local_errors(self) -> list[Tensor]:
+        """Returns the postsynaptic errors ``-dE/df_i`` of all blocks, per unit of beta."""
+        return [*self.errors[:-1], self.signal]
+
+
+class Nudged:
+    """``F_beta = E + beta C`` around the free equilibrium of one batch (a settling ``Problem``).
+
+    Args:
+        free: the free phase.
+        output: the energy of the output layer.
+        beta: nudging strength, of either sign.
+    """
+
+    def __init__(self, free: FreePhase, output: OutputEnergy, beta: float) -> None:
+        self.free = free
+        self.output = output
+        self.beta = beta
+        self.blocks = free.chain.blocks
+
+    def start(self) -> Configuration:
+        zeros = [torch.zeros_like(s) for s in self.free.states]
+        return Configuration(self.free.states, zeros, zeros, zeros[-1], self.free.points)
+
+    def start_residual(self) -> Residual:
+        # Every force vanishes at the free equilibrium but the nudge itself.
+        nudge = _norm([self._cost_gradient(self.free.states[-1])])
+        return Residual((nudge > 0).to(nudge.dtype), nudge)
+
+    def limit(self) -> Configuration:
+        at, messages = self.start(), self.free.unit
+        at.errors, at.signal, at.products = messages.errors, messages.errors[-1], messages.products
+        return at
+
+    def displace(self, displacements: list[Tensor]) -> Configuration:
+        points, errors = [self.free.points[0]], [displacements[0] / self.beta]
+        for i in range(1, len(self.blocks)):
+            delta, point = self.blocks[i].difference(self.free.points[i], displacements[i - 1])
+            points.append(point)
+            errors.append((displacements[i] - delta) / self.beta)
+        return self._read(displacements, errors, points)
+
+    def sweep(self, at: Configuration | None) -> Configuration:
+        if at is not None:
+            # A second sweep means that the first did not do. Ramps are then solved exactly:
+            # slopes read off the last states can flip to and fro for ever.
+            return self.forward(self._descend(at, exact_ramps=True))
+        if isinstance(self.output, Squared):
+            return self.forward(self.free.unit)
+        return self.forward(self.backward(self.start()))  # the output's answer is not linear
+
+    def backward(self, at: Configuration) -> Messages:
+        return self._descend(at, exact_ramps=False)
+
+    def forward(self, messages: Messages) -> Configuration:
+        errors, points, displacements = list(messages.errors), [self.free.points[0]], []
+        delta = torch.zeros_like(errors[0])
+        for i, block in enumerate(self.blocks):
+            if i > 0:
+                delta, point = block.difference(self.free.points[i], displacements[-1])
+                points.append(point)
+            inner = messages.inners[i] if messages.inners else None
+            if inner is None:
+                displacements.append(torch.add(delta, errors[i], alpha=self.beta))
+            else:
+                d, errors[i] = self._rest(i, delta, inner)
+                displacements.append(d)
+        at = self._read(displacements, errors, points)
+        at.products, at.at_kinks = messages.products, messages.inners is not None
+        return at
+
+    def forces(self, at: Configuration) -> tuple[list[Tensor], Residual]:
+        signals, forces = at.local_errors(), []
+        for i, block in enumerate(self.blocks[1:], start=1):
+            known = at.products is not None and signals[i] is at.errors[i]
+            product = at.products[i - 1] if known else block.product(at.points[i], signals[i])
+            inner = block.inner(at.points[i], product) if at.at_kinks else None
+            e = at.errors[i - 1]
+            if inner is None:
+                forces.append(e - block.pull(at.points[i], product))
+            else:
+                s = self.free.states[i - 1] + at.displacements[i - 1]
+                forces.append(block.least_force(s, e, inner))
+        f = self._output_prediction(at)
+        nudge = self._cost_gradient(f + at.errors[-1] * self.beta)
+        forces.append(self.output.force(at.errors[-1] * self.beta, f) / self.beta + nudge)
+        return forces, _residual(forces, nudge)
+
+    def _descend(self, at: Configuration, *, exact_ramps: bool) -> Messages:
+        """The backward sweep at a configuration."""
+        f = self._output_prediction(at)
+        v = self.output.respond(
+            at.errors[-1] * self.beta, f, self.free.cost, self.free.target, self.beta
+        )
+        e = self.output.error(v, f) / self.beta
+        errors, products, inners = [v / self.beta], [], [None]
+        for i in reversed(range(1, len(self.blocks))):
+            block, point = self.blocks[i], at.points[i]
+            products.append(block.product(point, e))
+            inners.append(block.inner(point, products[-1]) if exact_ramps else None)
+            if inners[-1] is None:
+                e = block.pull(point, products[-1])
+            else:
+                delta = torch.sub(at.displacements[i - 1], at.errors[i - 1], alpha=self.beta)
+                e = self._rest(i - 1, delta, inners[-1])[1]
+            errors.append(e)
+        if all(inner is None for inner in inners):
+            return Messages(errors[::-1], products[::-1])
+        # Solved ramps change their errors on the way up, and so the products.
+        return Messages(errors[::-1], None, inners[::-1])
+
+    def _rest(self, i: int, delta: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+        d, e = self.blocks[i + 1].at_rest(self.free.states[i], delta, inner * self.beta)
+        return d, e / self.beta
+
+    def _read(
+        self, displacements: list[Tensor], errors: list[Tensor], points: list[Any]
+    ) -> Configuration:
+        at = Configuration(self.free.states, displacements, errors, errors[-1], points)
+        if not isinstance(self.output, Squared):
+            f = self._output_prediction(at)
+            at.signal = self.output.error(errors[-1] * self.beta, f) / self.beta
+        return at
+
+    def _cost_gradient(self, s: Tensor) -> Tensor:
+        return self.free.cost.gradient(s, self.free.target)
+
+    def _output_prediction(self, at: Configuration) -> Tensor:
+        moved = torch.sub(at.displacements[-1], at.errors[-1], alpha=self.beta)
+        return self.free.states[-1] + moved
+
+
+def _norm(layers: list[Tensor]) -> Tensor:
+    """Norm over all layers per sample, shape ``(B,)``."""
+    norms = [torch.linalg.vector_norm(t.flatten(1), dim=1) for t in layers]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def _residual(forces: list[Tensor], nudge: Tensor) -> Residual:
+    """Both per unit of beta, which cancels."""
+    size = _norm([nudge])
+    ratio = _norm(forces) / size
+    return Residual(torch.where(size == 0, torch.zeros_like(ratio), ratio), size)

@@ -1,0 +1,67 @@
+"""The prediction-error energy of a chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mep.blocks import Chain
+from mep.energies.costs import Cost
+from mep.energies.free import FreePhase
+from mep.energies.nudged import Nudged
+from mep.energies.outputs import OutputEnergy, Squared
+
+__all__ = ["PredictionError"]
+
+
+@dataclass(frozen=True)
+class PredictionError:
+    """``E(s) = sum_i 1/2 ||s_i - f_i(s_{i-1})||^2`` per sample, with a choice for the output.
+
+    Args:
+        output: energy of the output layer: ``Squared()`` as in every other layer, or
+            ``KL(temperature)``.
+
+    Source: Whittington & Bogacz 2017, eq. 2.5, with unit variances.
+    """
+
+    output: OutputEnergy = field(default_factory=Squared)
+
+    def value(
+        self, chain: Chain, x: Tensor, states: list[Tensor], y: Tensor, cost: Cost, beta: float
+    ) -> Tensor:
+        """Returns the total energy ``F_beta`` per sample, shape ``(B,)``, at any states.
+
+        Differentiable in the states and the parameters when gradients are enabled.
+        """
+        total: Tensor | float = 0.0
+        terms = [Squared()] * (len(chain) - 1) + [self.output]
+        for block, term, s_in, s in zip(chain, terms, [x, *states[:-1]], states, strict=True):
+            f = block.predict(s_in)[0]
+            total = total + term.value(s - f, f)
+        return total + beta * cost.value(states[-1], y)
+
+    @torch.no_grad()
+    def forces(
+        self, chain: Chain, x: Tensor, states: list[Tensor], y: Tensor, cost: Cost, beta: float
+    ) -> list[Tensor]:
+        """Returns ``dF/ds_1 ... dF/ds_L`` at any states.
+
+        ``dF/ds_i = e_i - J_{i+1}(s_i)^T e_{i+1}`` and
+        ``dF/ds_L = dE_L/ds_L + beta dC/ds_L``.
+        """
+        predictions = [block.predict(s) for block, s in zip(chain, [x, *states[:-1]], strict=True)]
+        errors = [s - f for s, (f, _) in zip(states, predictions, strict=True)]
+        v, f = errors[-1], predictions[-1][0]
+        signals = [*errors[:-1], self.output.error(v, f)]
+        forces = []
+        for i in range(1, len(chain)):
+            block, point = chain.blocks[i], predictions[i][1]
+            forces.append(errors[i - 1] - block.pull(point, block.product(point, signals[i])))
+        return [*forces, self.output.force(v, f) + beta * cost.gradient(states[-1], y)]
+
+    def nudged(self, free: FreePhase, beta: float) -> Nudged:
+        """Returns the settling problem at one nudging strength."""
+        return Nudged(free, self.output, beta)

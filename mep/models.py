@@ -1,0 +1,122 @@
+"""Reference architectures: plain ``nn.Sequential`` chains that take images or flat input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from mep.init import identity_
+
+__all__ = ["cnn", "deep_mlp", "mlp"]
+
+
+def mlp(
+    in_features: int = 784, hidden: Sequence[int] = (512, 512), out_features: int = 10
+) -> nn.Sequential:
+    """Returns a multilayer perceptron with ReLU, torch's default start.
+
+    Args:
+        in_features: size of the flattened input.
+        hidden: width of every hidden layer.
+        out_features: number of outputs.
+
+    Returns:
+        Maps ``(B, *in)`` with ``prod(in) = in_features`` to ``(B, out_features)``.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    >>> import torch
+    >>> mlp(4, (8,), 2)(torch.zeros(3, 2, 2)).shape
+    torch.Size([3, 2])
+
+    Source: the 784-512-512-10 net of Laborieux et al. 2021, table 2.
+    """
+    sizes = [in_features, *hidden, out_features]
+    _positive(sizes)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for k, (n_in, n_out) in enumerate(pairwise(sizes)):
+        layers += [nn.ReLU()] * (k > 0) + [nn.Linear(n_in, n_out)]
+    return nn.Sequential(*layers)
+
+
+def deep_mlp(
+    depth: int, width: int = 128, in_features: int = 784, out_features: int = 10
+) -> nn.Sequential:
+    """Returns a plain Linear + ReLU net of any depth, without skips, with identity start.
+
+    Hidden weights begin as ``W = I, b = 0``, so the Jacobian is isometric on active units whatever
+    the depth; first and last layer keep torch's default start.
+
+    Args:
+        depth: number of Linear layers, >= 2.
+        width: of every hidden layer.
+        in_features: size of the flattened input.
+        out_features: number of outputs.
+
+    Returns:
+        Maps ``(B, *in)`` to ``(B, out_features)``.
+
+    Raises:
+        ValueError: if a size is too small.
+
+    >>> import mep
+    >>> len(mep.trace(deep_mlp(30)))
+    30
+
+    Source: Le, Jaitly & Hinton 2015, sec. 3, for the start.
+    """
+    if depth < 2:
+        raise ValueError(f"`depth` must be >= 2, got {depth}")
+    model = mlp(in_features, [width] * (depth - 1), out_features)
+    square = [m for m in model if isinstance(m, nn.Linear)][1:-1]
+    if square:
+        identity_(nn.ModuleList(square))
+    return model
+
+
+def cnn(
+    in_channels: int = 1,
+    size: int = 28,
+    out_features: int = 10,
+    channels: Sequence[int] = (32, 64),
+    hidden: int = 128,
+) -> nn.Sequential:
+    """Returns a small convolutional net: per stage a 3x3 convolution, ReLU, 2x2 max pooling.
+
+    Args:
+        in_channels: channels of the image.
+        size: height and width, at least ``2 ** len(channels)``.
+        out_features: number of outputs.
+        channels: of every stage.
+        hidden: width of the fully connected layer.
+
+    Returns:
+        Maps ``(B, in_channels, size, size)`` to ``(B, out_features)``.
+
+    Raises:
+        ValueError: if a size is not positive or the image is too small.
+
+    >>> import torch
+    >>> cnn(1, 8, 10, (4, 8), 16)(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+
+    Source: the layout of LeCun et al. 1998 with ReLU and max pooling.
+    """
+    _positive([in_channels, size, out_features, hidden, *channels])
+    side = size >> len(channels)
+    if side < 1:
+        raise ValueError(f"`size` must be >= {2 ** len(channels)} for {len(channels)} stages")
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise([in_channels, *channels]):
+        layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    features = [in_channels, *channels][-1] * side * side
+    layers += [nn.Flatten(), nn.Linear(features, hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, out_features))
+
+
+def _positive(sizes: Sequence[int]) -> None:
+    if any(n < 1 for n in sizes):
+        raise ValueError(f"sizes must be >= 1, got {list(sizes)}")

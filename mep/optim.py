@@ -1,0 +1,315 @@
+"""EPOptimizer: the one place where estimating and updating meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mep.contrast import (
+    AutoBeta,
+    Estimate,
+    Settings,
+    Stencil,
+    chain_of,
+    contrast,
+    free_phase,
+    one_sided,
+    settings,
+)
+from mep.energies import Cost, PredictionError, cost_of
+from mep.settling import DIVERGED, GradientDescent, Solver
+from mep.updates import SGD
+
+__all__ = ["EPOptimizer", "param_groups"]
+
+
+class EPOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose ``step(x=, target=)`` settles, contrasts and updates.
+
+    ``theta <- rule(theta, g)`` with ``g`` the estimate that ``mep.estimate`` describes. Without a
+    batch, ``step()`` applies the same rule to ``.grad``, so backprop with the very same rule is
+    ``loss.backward(); opt.step()``. ``step(x=, target=)`` neither reads nor writes ``.grad``.
+
+    What a scheduler may change (``lr``, ``momentum``, ``weight_decay``, ``lr_scale``) stands in the
+    parameter groups; what shapes the computation is fixed at construction. No loss scaling is
+    needed in float32 and bfloat16: do not use a ``GradScaler``, it would divide an EP gradient
+    that was never multiplied.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer. All must belong to ``model``.
+        model: the model to settle; needed for ``step(x=, target=)``.
+        mode: ``"ep"``, or ``"backprop"``: with a batch, torch's backward and the same rule.
+        lr: learning rate, >= 0.
+        momentum: in [0, 1).
+        weight_decay: >= 0.
+        nesterov: Nesterov momentum.
+        cost: ``"cross_entropy"``, ``"mse"`` or a cost object.
+        energy: ``mep.PredictionError(output=...)``.
+        settler: ``mep.Sweep()`` by default.
+        stencil: ``mep.one_sided`` by default.
+        beta: ``"auto"``, a number > 0 or ``mep.AutoBeta(c)``.
+        settle_steps: selects gradient settling with so many steps.
+        settle_lr: selects gradient settling with this step size.
+        gradient_method: ``"analytic"`` (default) or ``"autograd"``.
+        max_skipped: after more updates than this skipped in a row, because settling diverged,
+            ``step`` raises. >= 0.
+
+    Attributes:
+        last: the ``Estimate`` of the last EP step, None before the first.
+        skipped: updates skipped so far because settling diverged or the loss was not finite.
+
+    Raises:
+        TypeError, ValueError: if an option or a parameter does not fit.
+        mep.TraceError: if the model cannot be read as a chain.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> opt = EPOptimizer(model.parameters(), model=model, lr=0.1)
+    >>> loss = opt.step(x=torch.randn(5, 4), target=torch.tensor([0, 1, 2, 0, 1]))
+    >>> loss.shape, opt.last.status
+    (torch.Size([]), 'converged')
+
+    Source: Scellier & Bengio 2017, sec. 3.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        model: nn.Module | None = None,
+        mode: str = "ep",
+        lr: float = 0.05,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        cost: str | Cost = "cross_entropy",
+        energy: PredictionError | None = None,
+        settler: Solver | None = None,
+        stencil: Stencil | None = None,
+        beta: float | str | AutoBeta | None = None,
+        settle_steps: int | None = None,
+        settle_lr: float | None = None,
+        gradient_method: str | None = None,
+        max_skipped: int = 10,
+    ) -> None:
+        if mode not in ("ep", "backprop"):
+            raise ValueError(f"`mode` must be 'ep' or 'backprop', got {mode!r}")
+        if max_skipped < 0:
+            raise ValueError(f"`max_skipped` must be >= 0, got {max_skipped}")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+        options = {
+            "energy": energy,
+            "settler": _settler(settler, settle_steps, settle_lr),
+            "stencil": stencil,
+            "beta": beta,
+            "gradient_method": gradient_method,
+        }
+        chosen = {name: value for name, value in options.items() if value is not None}
+        if mode == "backprop" and chosen:
+            raise ValueError(f"mode='backprop' does not settle: drop {', '.join(sorted(chosen))}")
+        self.model = model
+        self.mode = mode
+        self.rule = SGD()
+        self.max_skipped = max_skipped
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.last: Estimate | None = None
+        self.how: Settings = settings(cost=cost_of(cost), **chosen)
+        defaults = {
+            "lr": lr,
+            "lr_scale": 1.0,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__(params, defaults)
+        if mode == "ep" and model is not None:
+            chain_of(model, self.how.gradient_method)  # refuse an unreadable model at once
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group after checking its numbers and that its parameters are the model's.
+
+        Raises:
+            ValueError: if a number is out of range or a parameter is foreign.
+        """
+        self.rule.check({**self.defaults, **param_group})
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if self.model is not None:
+            own = {id(p) for p in self.model.parameters()}
+            foreign = sum(id(p[1] if isinstance(p, tuple) else p) not in own for p in params)
+            if foreign:
+                raise ValueError(
+                    f"{foreign} of {len(params)} parameters do not belong to `model`; "
+                    "pass model.parameters()"
+                )
+        super().add_param_group({**param_group, "params": params})
+
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        x: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> Any:
+        """Takes one step.
+
+        Args:
+            closure: as in torch: reevaluates the model and returns the loss; uses ``.grad``.
+            x: input, ``(B, *in)``: takes an EP step (or backprop, by ``mode``) on this batch.
+            target: its target, as the cost takes it.
+
+        Returns:
+            The batch's mean cost before the update (a scalar tensor), or the closure's loss.
+
+        Raises:
+            TypeError, ValueError: if the batch does not fit; nothing has changed then.
+            RuntimeError: if more than ``max_skipped`` updates in a row had to be skipped.
+        """
+        if x is None and target is None:
+            return self._step_on_grad(closure)
+        if x is None or target is None or closure is not None:
+            raise ValueError("give both `x` and `target`, and no closure with them")
+        if self.model is None:
+            raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
+        gradients: dict[nn.Parameter, Tensor] = {}
+        estimator = self._contrast if self.mode == "ep" else self._backprop
+        loss, usable = estimator(self.model, x, target, gradients)
+        self._count(usable)
+        if usable:
+            self._update(gradients)
+        return loss
+
+    def _step_on_grad(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update(
+            {
+                p: p.grad
+                for group in self.param_groups
+                for p in group["params"]
+                if p.grad is not None
+            }
+        )
+        return loss
+
+    @torch.no_grad()
+    def _contrast(
+        self, model: nn.Module, x: Tensor, target: Tensor, gradients: dict[nn.Parameter, Tensor]
+    ) -> tuple[Tensor, bool]:
+        def collect(parameter: nn.Parameter, gradient: Tensor) -> None:
+            known = gradients.get(parameter)
+            gradients[parameter] = gradient if known is None else known.add_(gradient)
+
+        free = free_phase(model, x, target, self.how)
+        self.last = contrast(free, self.how, collect)
+        return self.last.loss, self.last.status != DIVERGED
+
+    def _backprop(
+        self, model: nn.Module, x: Tensor, target: Tensor, gradients: dict[nn.Parameter, Tensor]
+    ) -> tuple[Tensor, bool]:
+        with torch.enable_grad():
+            loss = self.how.cost.mean(model(x), target)
+        owned = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        found = torch.autograd.grad(loss, owned, allow_unused=True)
+        gradients.update({p: g for p, g in zip(owned, found, strict=True) if g is not None})
+        return loss.detach(), bool(torch.isfinite(loss))
+
+    @torch.no_grad()
+    def _update(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        for group in self.param_groups:
+            chosen = [p for p in group["params"] if p in gradients]
+            if chosen:
+                states = [self.state[p] for p in chosen]
+                self.rule.step(chosen, [gradients[p] for p in chosen], states, group)
+
+    def _count(self, usable: bool) -> None:
+        self.skipped_in_a_row = 0 if usable else self.skipped_in_a_row + 1
+        self.skipped += not usable
+        if self.skipped_in_a_row > self.max_skipped:
+            raise RuntimeError(
+                f"{self.skipped_in_a_row} updates in a row were skipped because settling diverged "
+                "or the loss was not finite; parameters are as after the last good step. Lower "
+                "`lr` or `beta`, or use an isometric start from mep.init"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns torch's state dict with the count of skipped updates."""
+        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {**super().state_dict(), "ep": counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict`` returned; one of ``torch.optim.SGD`` lacks only the counts."""
+        super().load_state_dict(state_dict)
+        counts = state_dict.get("ep", {})
+        self.skipped = counts.get("skipped", 0)
+        self.skipped_in_a_row = counts.get("skipped_in_a_row", 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The base class keeps three entries only; a scheduler's patched `step` must not travel.
+        kept = (
+            "model",
+            "mode",
+            "rule",
+            "how",
+            "last",
+            "max_skipped",
+            "skipped",
+            "skipped_in_a_row",
+        )
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+
+def _settler(
+    settler: Solver | None, settle_steps: int | None, settle_lr: float | None
+) -> Solver | None:
+    given = {"max_steps": settle_steps, "lr": settle_lr}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return settler
+    if settler is not None:
+        raise ValueError(
+            "`settle_steps` and `settle_lr` select gradient settling; with `settler=` give "
+            "mep.GradientDescent(max_steps=..., lr=...) instead"
+        )
+    return GradientDescent(**given)  # type: ignore[arg-type]
+
+
+def param_groups(model: nn.Module, lr: float, *, depth_scale: bool = True) -> list[dict[str, Any]]:
+    """Splits a model's parameters into groups that carry the depth rule.
+
+    In an isometric chain a step of every layer moves the output by ``L`` times a layer's share, so
+    hidden layers take steps of ``lr / L`` and the first and last block of ``lr``. The factor stands
+    in the group's ``lr_scale``: schedulers change ``lr`` and keep it.
+
+    Args:
+        model: any model that ``mep.trace`` can read.
+        lr: learning rate of the first and last block, >= 0.
+        depth_scale: False gives every block ``lr_scale=1``.
+
+    Returns:
+        Two groups (one for chains of one or two blocks), each parameter once.
+
+    Raises:
+        mep.TraceError: if the model cannot be read as a chain.
+
+    >>> [g["lr_scale"] for g in param_groups(nn.Sequential(*[nn.Linear(2, 2)] * 1), 0.1)]
+    [1.0]
+
+    Source: the 1/L step of deep residual scaling, Zhang et al. 2019 (Fixup), sec. 3.
+    """
+    chain = chain_of(model)
+    ends = {id(p) for b in (chain.blocks[0], chain.blocks[-1]) for p in b.parameters()}
+    every = list(model.parameters())
+    outer = [p for p in every if id(p) in ends]
+    hidden = [p for p in every if id(p) not in ends]
+    groups = [{"params": outer, "lr": lr, "lr_scale": 1.0}]
+    if hidden:
+        scale = 1.0 / len(chain) if depth_scale else 1.0
+        groups.append({"params": hidden, "lr": lr, "lr_scale": scale})
+    return groups

@@ -1,0 +1,141 @@
+"""The one loop: counting, tolerance, non-finite check, verdict. A solver supplies the step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mep.settling.result import CONVERGED, DIVERGED, NOT_SETTLED, Residual, Settled
+
+__all__ = ["Iterate", "Messages", "Problem", "Solver", "settle"]
+
+# A result is called converged at this median residual where a solver names no tolerance.
+DEFAULT_TOLERANCE = 1e-2
+# The nudge itself is 1. Residuals of a few happen where kinks flip to and fro; far beyond it, the
+# errors have grown from layer to layer and their contrast is no gradient.
+DIVERGENCE = 10.0
+
+
+@dataclass
+class Messages:
+    """What a backward sweep sends, per unit of beta.
+
+    Attributes:
+        errors: ``e_1 ... e_{L-1}`` and the output's own displacement.
+        products: ``W_{i+1}^T e_{i+1}`` for i < L; None if the forward sweep may change the errors.
+        inners: for every state, ``J^T e`` up to the ramp that the next block begins with, where
+            that ramp is to be solved exactly; None if none is.
+    """
+
+    errors: list[Tensor]
+    products: list[Tensor] | None
+    inners: list[Tensor | None] | None = None
+
+
+class Problem(Protocol):
+    """What a solver may ask.
+
+    A configuration is the problem's own; a solver may read its ``displacements`` ``d_1 ... d_L``
+    from the free equilibrium and its ``errors``. Forces and errors are per unit of beta.
+    """
+
+    beta: float
+
+    def start(self) -> Any:
+        """Returns the free equilibrium."""
+
+    def start_residual(self) -> Residual:
+        """Returns the residual of the free equilibrium under the nudge."""
+
+    def limit(self) -> Any:
+        """Returns the free equilibrium with the errors of one backward sweep."""
+
+    def displace(self, displacements: list[Tensor]) -> Any:
+        """Returns the configuration with given displacements."""
+
+    def forces(self, at: Any) -> tuple[list[Tensor], Residual]:
+        """Returns ``dF/ds_1 ... dF/ds_L`` and the residual."""
+
+    def sweep(self, at: Any | None) -> Any:
+        """One backward and one forward sweep, from a configuration or (None) the free states."""
+
+    def backward(self, at: Any) -> Messages:
+        """The backward sweep alone: the errors that the states of a configuration call for."""
+
+    def forward(self, messages: Messages) -> Any:
+        """The forward sweep alone: the configuration that has the given errors."""
+
+
+@dataclass
+class Iterate:
+    """A configuration on its way, its residual, and what the solver carries along."""
+
+    configuration: Any
+    residual: Residual
+    memory: Any = field(default=None)
+
+
+class Solver(ABC):
+    """A way to settle: a frozen strategy, without state of its own.
+
+    Attributes:
+        max_steps: at most this many steps (or sweeps).
+        tol: median residual at which to stop, or None to take all steps.
+    """
+
+    max_steps: int
+    tol: float | None
+    final_status: str | None = None
+
+    def start(self, problem: Problem) -> Iterate:
+        """Returns the first iterate: the free equilibrium."""
+        return Iterate(problem.start(), problem.start_residual())
+
+    @abstractmethod
+    def step(self, problem: Problem, iterate: Iterate) -> Iterate:
+        """Returns the next iterate."""
+
+    def stalled(self, history: list[Tensor]) -> bool:
+        """True if further steps are pointless. Only asked where ``tol`` is set."""
+        return False
+
+
+@torch.no_grad()
+def settle(problem: Problem, solver: Solver) -> Settled:
+    """Settles a problem with a solver.
+
+    Args:
+        problem: the nudged energy around one batch's free equilibrium.
+        solver: the strategy.
+
+    Returns:
+        The last configuration with its verdict. A divergence is a status, never an exception.
+
+    Source: the loop of Scellier & Bengio 2017, sec. 2, with a measured end instead of a fixed one.
+    """
+    iterate = solver.start(problem)
+    history, steps = [iterate.residual.per_sample.median()], 0
+    while steps < solver.max_steps and not _may_stop(solver, history):
+        iterate = solver.step(problem, iterate)
+        history.append(iterate.residual.per_sample.median())
+        steps += 1
+    status = solver.final_status or _verdict(iterate.residual, history[-1], solver.tol)
+    medians = [float(m) for m in history]
+    return Settled(iterate.configuration, iterate.residual, steps, status, medians)
+
+
+def _may_stop(solver: Solver, history: list[Tensor]) -> bool:
+    if solver.tol is None:
+        return False
+    median = float(history[-1])  # the one read per step
+    return median <= solver.tol or median != median or solver.stalled(history)
+
+
+def _verdict(residual: Residual, median: Tensor, tol: float | None) -> str:
+    if not torch.isfinite(residual.per_sample).all() or median > DIVERGENCE:
+        return DIVERGED
+    return CONVERGED if median <= (DEFAULT_TOLERANCE if tol is None else tol) else NOT_SETTLED

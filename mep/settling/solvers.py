@@ -1,0 +1,196 @@
+"""The solvers: gradient descent on the states, sweeps in error coordinates, Anderson, the limit.
+
+Gradient descent moves information one layer per step; a sweep (one pass down, one pass up)
+reaches every layer. All end in the same equilibrium.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mep.settling.loop import Iterate, Messages, Problem, Solver
+from mep.settling.result import LIMIT
+
+__all__ = ["Anderson", "GradientDescent", "Limit", "Sweep"]
+
+
+@dataclass(frozen=True)
+class GradientDescent(Solver):
+    """Explicit descent on the states, the classic dynamics: ``u <- mu u - lr dF/ds; s <- s + u``.
+
+    Args:
+        max_steps: number of steps, >= 1.
+        lr: step size, > 0. Stable below 2 over the energy's largest curvature.
+        momentum: ``mu`` in [0, 1).
+        tol: median residual at which to stop; None takes all steps.
+        patience: with ``tol`` set, stop too when the median residual has not reached a new low for
+            this many steps, >= 1.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    >>> GradientDescent(max_steps=30, tol=1e-3)
+    GradientDescent(max_steps=30, lr=0.2, momentum=0.5, tol=0.001, patience=5)
+
+    Source: Scellier & Bengio 2017, eq. 4.
+    """
+
+    max_steps: int = 10
+    lr: float = 0.2
+    momentum: float = 0.5
+    tol: float | None = None
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        _check(self, max_steps=self.max_steps >= 1, lr=self.lr > 0, patience=self.patience >= 1)
+        _check(self, momentum=0 <= self.momentum < 1, tol=self.tol is None or self.tol > 0)
+
+    def step(self, problem: Problem, iterate: Iterate) -> Iterate:
+        at = iterate.configuration
+        # The forces behind the last residual are those of this step.
+        forces, velocity = iterate.memory or (problem.forces(at)[0], None)
+        rate = self.lr * problem.beta
+        if velocity is None:
+            velocity = [-rate * f for f in forces]
+        else:
+            velocity = [
+                (self.momentum * u).sub_(f, alpha=rate)
+                for u, f in zip(velocity, forces, strict=True)
+            ]
+        moved = problem.displace([d + u for d, u in zip(at.displacements, velocity, strict=True)])
+        forces, residual = problem.forces(moved)
+        return Iterate(moved, residual, (forces, velocity))
+
+    def stalled(self, history: list[Tensor]) -> bool:
+        best = min(range(len(history)), key=lambda k: float(history[k]))
+        return len(history) - 1 - best >= self.patience
+
+
+@dataclass(frozen=True)
+class Sweep(Solver):
+    """Backward sweep ``e_i = J_{i+1}^T e_{i+1}``, nudged forward sweep, until settled.
+
+    Args:
+        max_sweeps: at most this many, >= 1.
+        tol: median residual at which to stop, or None to take all sweeps.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    >>> Sweep(max_sweeps=5, tol=1e-4)
+    Sweep(max_sweeps=5, tol=0.0001)
+
+    Source: the nudged equilibrium equations of Whittington & Bogacz 2017, sec. 2.3, solved by
+    Gauss-Seidel passes from the top down and from the bottom up.
+    """
+
+    max_sweeps: int = 3
+    tol: float | None = 1e-2
+
+    def __post_init__(self) -> None:
+        _check(self, max_sweeps=self.max_sweeps >= 1, tol=self.tol is None or self.tol > 0)
+
+    @property
+    def max_steps(self) -> int:  # type: ignore[override]
+        """One step of the loop is one sweep."""
+        return self.max_sweeps
+
+    def step(self, problem: Problem, iterate: Iterate) -> Iterate:
+        at = problem.sweep(iterate.configuration if iterate.memory else None)
+        return Iterate(at, problem.forces(at)[1], memory="swept")
+
+
+@dataclass(frozen=True)
+class Anderson(Solver):
+    """Sweeps accelerated by Anderson mixing of the last errors, each sample on its own.
+
+    With ``g(e)`` the errors that a sweep makes of ``e`` and ``r = g(e) - e``, the next errors are
+    ``sum_k alpha_k (e_k + damping r_k)`` with the ``alpha`` (sum 1) that minimise
+    ``||sum_k alpha_k r_k||``.
+
+    Args:
+        max_steps: at most this many sweeps, >= 1.
+        tol: median residual at which to stop, or None to take all sweeps.
+        memory: how many past sweeps are mixed, >= 1; 1 is the plain sweep.
+        damping: step along the mixed residual, in (0, 1].
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Source: Walker & Ni 2011, eq. 2.1.
+    """
+
+    max_steps: int = 10
+    tol: float | None = 1e-2
+    memory: int = 5
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, max_steps=self.max_steps >= 1, tol=self.tol is None or self.tol > 0)
+        _check(self, memory=self.memory >= 1, damping=0 < self.damping <= 1)
+
+    def step(self, problem: Problem, iterate: Iterate) -> Iterate:
+        if iterate.memory is None:
+            at = problem.sweep(None)
+            return Iterate(at, problem.forces(at)[1], [])
+        at = iterate.configuration
+        wanted = problem.backward(at).errors
+        past = [*iterate.memory, (_flatten(at.errors), _flatten(wanted))][-self.memory :]
+        at = problem.forward(Messages(_unflatten(self._mix(past), wanted), None))
+        return Iterate(at, problem.forces(at)[1], past)
+
+    def _mix(self, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        points = torch.stack([e for e, _ in past], 1)
+        rests = torch.stack([g - e for e, g in past], 1)
+        # Scaled by the last rest, so that the ridge means the same for every sample and nudge.
+        size = rests[:, -1].norm(dim=1)[:, None, None]
+        scaled = rests / torch.where(size > 0, size, torch.ones_like(size))
+        gram = scaled @ scaled.mT
+        gram += 10 * torch.finfo(gram.dtype).eps * torch.eye(len(past)).to(gram)
+        ones = torch.ones_like(gram[:, :, :1])
+        alpha = torch.linalg.solve_ex(gram, ones)[0]
+        alpha = alpha / alpha.sum(1, keepdim=True)
+        return (alpha * (points + self.damping * rests)).sum(1)
+
+
+@dataclass(frozen=True)
+class Limit(Solver):
+    """One backward sweep, contrast at the *free* states: algebraically backprop, beta cancels.
+
+    Legitimate and useful, but never to be quoted as a figure of Equilibrium Propagation.
+
+    >>> Limit()
+    Limit()
+
+    Source: Scellier & Bengio 2019, "Equivalence of EP and recurrent backpropagation", theorem 3.
+    """
+
+    max_steps = 0
+    tol = None
+    final_status = LIMIT
+
+    def start(self, problem: Problem) -> Iterate:
+        """Returns the free states with the errors of one backward sweep."""
+        return Iterate(problem.limit(), problem.start_residual())
+
+    def step(self, problem: Problem, iterate: Iterate) -> Iterate:
+        raise AssertionError("the limit takes no step")
+
+
+def _flatten(errors: list[Tensor]) -> Tensor:
+    return torch.cat([e.flatten(1) for e in errors], 1)
+
+
+def _unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = flat.split([e[0].numel() for e in like], 1)
+    return [part.view_as(e) for part, e in zip(parts, like, strict=True)]
+
+
+def _check(solver: Solver, **valid: bool) -> None:
+    for name, ok in valid.items():
+        if not ok:
+            value = getattr(solver, name)
+            raise ValueError(f"`{type(solver).__name__}({name}=...)` is out of range: {value!r}")

@@ -1,0 +1,23 @@
+"""A small training loop: arms in lock-step, progress, checkpoint and resume."""
+
+from mep.training.arm import Arm
+from mep.training.atomic import atomic_write
+from mep.training.checkpoint import CheckpointError, Checkpointing, load_checkpoint
+from mep.training.config import TrainingConfig
+from mep.training.evaluation import accuracy
+from mep.training.loop import fit
+from mep.training.observers import Observer, ProgressBar, TensorBoard
+
+__all__ = [
+    "Arm",
+    "CheckpointError",
+    "Checkpointing",
+    "Observer",
+    "ProgressBar",
+    "TensorBoard",
+    "TrainingConfig",
+    "accuracy",
+    "atomic_write",
+    "fit",
+    "load_checkpoint",
+]

@@ -1,0 +1,336 @@
+"""The command line: every option has an effect, every mistake a message."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+import mep
+from mep.bench import Record
+from mep.cli import app
+from mep.cli.names import DEFAULTS, MODELS, SETTLERS, STENCILS
+from mep.training import load_checkpoint
+
+PNG = b"\x89PNG\r\n"
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+
+
+def record_of(out, *words):
+    result = invoke(*words, "--out", out)
+    assert result.exit_code == 0, result.output
+    return Record.read(out / "record.json"), result.output
+
+
+SMALL = ("--max-samples", 96, "--epochs", 1)
+
+
+def trained(out, *words):
+    return record_of(out, "train", "digits", *SMALL, *words)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The run that every variation is compared with."""
+    out = tmp_path_factory.mktemp("plain")
+    return trained(out)[0], out
+
+
+def losses(record):
+    return [row["train_loss"] for row in record.rows]
+
+
+# Training
+
+
+def test_train_beside_backprop_leaves_a_complete_record(tmp_path):
+    record, output = trained(tmp_path, "--compare", "backprop", "--seeds", "0,1", "--epochs", 2)
+    assert record.command.startswith("mep train digits ") and "--compare backprop" in record.command
+    assert {
+        "test_accuracy", "test_accuracy_std", "residual", "residual_aggregate", "regime", "cosine",
+        "c", "backprop_test_accuracy", "backprop_test_accuracy_std", "accuracy_difference",
+        "step_time_ratio",
+    } <= record.summary.keys()  # fmt: skip
+    assert {(row["arm"], row["seed"]) for row in record.rows} == {
+        ("EP", 0), ("EP", 1), ("backprop", 0), ("backprop", 1),
+    }  # fmt: skip
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    assert "test accuracy" in (tmp_path / "table.txt").read_text()
+    last = " ".join(output.splitlines()[-1:])
+    assert re.search(r"EP \(.*c = 0\.05, residual .*\) [\d.]+ %, backprop [\d.]+ %; EP takes", last)
+
+
+def test_the_defaults_reach_97_percent_on_digits(tmp_path):
+    record, _ = record_of(tmp_path, "train", "--compare", "backprop")
+    assert record.summary["test_accuracy"] >= 0.97
+    assert record.summary["backprop_test_accuracy"] >= 0.97
+    assert record.summary["regime"] == "finite nudge"
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (("--model", "cnn"), {"model": "cnn"}),
+        (("--model", "deep-mlp"), {"model": "deep-mlp", "depth": 10}),
+        (("--model", "deep-mlp", "--depth", 4), {"depth": 4}),
+        (("--optimizer", "backprop"), {"optimizer": "backprop"}),
+        (("--settler", "descent", "--settle-steps", 7), {"settler": "descent", "settle_steps": 7}),
+        (("--settler", "anderson", "--sweeps", 2), {"settler": "anderson", "sweeps": 2}),
+        (("--settler", "limit"), {"settler": "limit"}),
+        (("--tol", 1e-6), {"tol": 1e-6}),
+        (("--tol", 1e-6, "--sweeps", 1), {"sweeps": 1}),
+        (("--stencil", "centered"), {"stencil": "centered"}),
+        (("--stencil", "five-point"), {"stencil": "five-point"}),
+        (("--beta", 0.3), {"beta": 0.3}),
+        (("--c", 0.5), {"c": 0.5, "beta": "auto"}),
+        (("--batch-size", 48), {"batch_size": 48}),
+        (("--lr", 0.2), {"lr": 0.2}),
+        (("--momentum", 0.5), {"momentum": 0.5}),
+        (("--weight-decay", 0.1), {"weight_decay": 0.1}),
+        (("--schedule", "constant"), {"schedule": "constant"}),
+        (("--seeds", "5"), {"seeds": [5]}),
+        (("--max-samples", 64), {"max_samples": 64}),
+        (("--epochs", 2), {"epochs": 2}),
+    ],
+    ids=lambda value: "=".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_every_option_of_train_has_an_effect(tmp_path, plain, words, setting):
+    record, _ = trained(tmp_path, *words)
+    assert setting.items() <= record.config.items()
+    assert record.config != plain[0].config
+    assert losses(record) != losses(plain[0])
+
+
+def test_the_same_command_gives_the_same_result(tmp_path, plain):
+    assert losses(trained(tmp_path)[0]) == losses(plain[0])
+
+
+@pytest.mark.parametrize("settler", ["sweep", "limit"])
+def test_the_limit_is_named_wherever_it_stands(tmp_path, settler):
+    _, output = trained(tmp_path, "--settler", settler, "--compare", "backprop")
+    texts = [output, (tmp_path / "table.txt").read_text(), (tmp_path / "record.json").read_text()]
+    for text in texts:
+        assert ("limit (= backprop)" in text) == (settler == "limit")
+    assert ("EP takes" in output) == (settler == "sweep")
+
+
+def test_resume_and_no_resume(tmp_path):
+    trained(tmp_path)
+    finished = load_checkpoint(tmp_path / "checkpoint-seed0.pt")
+    assert finished["epoch"] == 1
+
+    refused = invoke("train", "digits", *SMALL, "--lr", 0.2, "--out", tmp_path)
+    assert refused.exit_code == 2
+    assert re.search(r"lr: 0\.05 there, 0\.2 here.*--no-resume", refused.output, re.DOTALL)
+
+    again, _ = trained(tmp_path, "--resume")
+    assert again.rows == finished["rows"]  # times included: nothing was trained
+    fresh, _ = trained(tmp_path, "--lr", 0.2, "--no-resume")
+    assert fresh.config["lr"] == 0.2
+
+
+def test_a_corrupt_checkpoint_is_reported(tmp_path):
+    (tmp_path / "checkpoint-seed0.pt").write_bytes(b"not a checkpoint")
+    result = invoke("train", "digits", *SMALL, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "checkpoint-seed0.pt is corrupt" in result.output.replace("\n", " ")
+
+
+def test_tensorboard_logs_into_the_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    trained(tmp_path, "--tensorboard")
+    assert list((tmp_path / "tensorboard" / "seed0").glob("events*"))
+
+
+def test_data_dir_is_where_the_files_are_looked_for(tmp_path):
+    missing = tmp_path / "nowhere"
+    result = invoke("train", "mnist", "--data-dir", missing, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "nowhere" in result.output.replace("\n", "")
+
+
+def test_a_record_holds_no_path(tmp_path):
+    trained(tmp_path)
+    assert str(tmp_path) not in (tmp_path / "record.json").read_text()
+
+
+def test_a_run_that_diverges_ends_with_a_message(tmp_path):
+    result = invoke("train", "digits", *SMALL, "--epochs", 20, "--lr", 1e6, "--out", tmp_path)
+    assert result.exit_code == 1 and "Error: " in result.output
+    assert "Traceback" not in result.output
+
+
+# The other subcommands
+
+MODULE = """
+from torch import nn
+model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+def make():
+    return model
+number = 3
+def broken(x):
+    return x
+"""
+
+UNTRACEABLE = """
+import torch
+from torch import nn
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x
+model = Branching()
+"""
+
+
+@pytest.fixture
+def module(tmp_path):
+    path = tmp_path / "nets.py"
+    path.write_text(MODULE)
+    return path
+
+
+@pytest.mark.parametrize("name", ["model", "make"])
+def test_check_lists_the_blocks(module, name):
+    result = invoke("check", f"{module}:{name}")
+    assert result.exit_code == 0 and f"{name}: 2 blocks" in result.output
+    for block in mep.trace(mep.models.mlp(3, (4,), 2)):
+        assert block.kind in result.output
+
+
+def test_check_gives_the_reasons(tmp_path):
+    path = tmp_path / "nets.py"
+    path.write_text(UNTRACEABLE)
+    result = invoke("check", f"{path}:model")
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert len(result.output.strip()) > 20
+
+
+def test_diagnose(tmp_path):
+    one, output = record_of(tmp_path / "a", "diagnose", "digits", "--batch", 64)
+    assert one.summary["regime"] == "finite nudge" and one.config["batch"] == 64
+    assert len(one.rows) == 3 and "finite nudge" in output
+    assert (tmp_path / "a" / "diagnosis.png").read_bytes().startswith(PNG)
+    for words in (("--c", 0.5), ("--seed", 1), ("--stencil", "centered"), ("--model", "cnn")):
+        other, _ = record_of(tmp_path / "b", "diagnose", "digits", "--batch", 64, *words)
+        assert other.config != one.config and other.rows != one.rows
+
+
+def test_diagnose_takes_the_weights_of_a_checkpoint(tmp_path, plain):
+    record, out = plain
+    found, _ = record_of(
+        tmp_path, "diagnose", "digits", "--batch", 96, "--checkpoint", out / "checkpoint-seed0.pt"
+    )
+    assert found.config["trained"]
+    # Training ends with this very diagnosis.
+    assert found.summary["cosine"] == pytest.approx(record.summary["cosine"], abs=1e-6)
+
+
+def test_settle(tmp_path):
+    words = ("settle", "digits", "--depth", 3, "--batch", 32)
+    one, _ = record_of(tmp_path / "a", *words, "--sweeps", 4, "--settle-steps", 6)
+    assert (tmp_path / "a" / "settling.png").read_bytes().startswith(PNG)
+    steps = {entry["settler"]: entry["steps"] for entry in one.summary["settlers"]}
+    assert steps == {"sweep": 4, "descent": 6}
+    for extra in (("--c", 0.5), ("--beta", 0.5), ("--seed", 1), ("--model", "cnn")):
+        used = [word for word in words if extra[0] != "--model" or word not in ("--depth", 3)]
+        other, _ = record_of(tmp_path / "b", *used, *extra)
+        assert other.config != one.config and other.rows[1] != one.rows[1]
+
+
+def test_bench_speed(tmp_path):
+    words = ("--depths", "2,3", "--width", 8, "--batch", 4, "--rounds", 2, "--warmup", 0)
+    record, output = record_of(tmp_path, "bench", "speed", *words, "--c", 0.2, "--sweeps", 2)
+    assert record.command == (
+        "mep bench speed --depths 2,3 --width 8 --batch 4 --rounds 2 --warmup 0 --sweeps 2 --c 0.2"
+    )
+    assert len(record.rows) == 2 * 2 * 3 and "limit (= backprop)" in output
+    ours = next(entry for entry in record.summary["arms"] if entry["arm"] == "EP")
+    assert ours["c"] == pytest.approx(0.2)
+    assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "cifar"), "DATASET must be one of digits, mnist, fashion-mnist; got 'cifar'"),
+        (("train", "--model", "rnn"), "--model must be one of mlp, cnn, deep-mlp; got 'rnn'"),
+        (("train", "--optimizer", "adam"), "--optimizer must be one of ep, backprop"),
+        (("train", "--compare", "adam"), "--compare must be one of backprop"),
+        (("train", "--settler", "magic"), "--settler must be one of"),
+        (("train", "--stencil", "magic"), "--stencil must be one of"),
+        (("train", "--schedule", "magic"), "`schedule` must be one of"),
+        (("train", "--beta", "strong"), "--beta must be auto or a number; got 'strong'"),
+        (("train", "--beta", "-1"), "`beta` must be a finite number > 0"),
+        (("train", "--beta", "0.5", "--c", "0.1"), "--c has no effect with an explicit --beta"),
+        (("train", "--c", "0"), "must be a finite number > 0, got 0"),
+        (("train", "--seeds", "0,x"), "--seeds must be numbers such as 0,1,2"),
+        (("train", "--seeds", "1,1"), "--seeds must be different numbers >= 0"),
+        (("train", "--epochs", "0"), "`epochs` must be >= 1, got 0"),
+        (("train", "--batch-size", "0"), "`batch_size` must be >= 1, got 0"),
+        (("train", "--lr", "-1"), "lr"),
+        (("train", "--depth", "5"), "--depth has no effect with --model mlp"),
+        (("train", "--settle-steps", "5"), "--settle-steps has no effect with --settler sweep"),
+        (("train", "--settler", "limit", "--c", "1"), "--c has no effect with --settler limit"),
+        (("train", "--settler", "limit", "--tol", "1"), "--tol has no effect with --settler limit"),
+        (("train", "--optimizer", "backprop", "--c", "1"), "--c has no effect with --optimizer"),
+        (("train", "--optimizer", "backprop", "--compare", "backprop"), "--compare has no effect"),
+        (("train", "--device", "abacus"), "--device abacus cannot be used"),
+        (("diagnose", "--checkpoint", "none.pt"), "no checkpoint at none.pt"),
+        (("bench", "speed", "--depths", "1"), "`depths` must be"),
+        (("bench", "speed", "--rounds", "0"), "`rounds` must be >= 1"),
+        (("check", "model.py"), "must be given as PATH.py:NAME"),
+        (("check", "none.py:model"), "there is no Python file none.py"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_mistakes_get_a_message_and_exit_code_2(tmp_path, words, message):
+    out = () if words[0] == "check" else ("--out", str(tmp_path))
+    result = invoke(*words, *out)
+    assert result.exit_code == 2
+    assert message in result.output and "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize("words", [("train", "--nonsense"), ("train", "--depth", "x"), ("fly",)])
+def test_unknown_options_and_commands(words):
+    result = invoke(*words)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("absent", "defines no 'absent'"), ("number", "must be or return a torch module, got 3"),
+     ("broken", "broken")],
+)  # fmt: skip
+def test_check_refuses_what_is_no_model(module, name, message):
+    result = invoke("check", f"{module}:{name}")
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_check_reports_a_file_that_fails(tmp_path):
+    path = tmp_path / "nets.py"
+    path.write_text("import nothing_of_this_name")
+    result = invoke("check", f"{path}:model")
+    assert result.exit_code == 2 and "ModuleNotFoundError" in result.output
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, plain):
+    checkpoint = plain[1] / "checkpoint-seed0.pt"
+    result = invoke(
+        "diagnose", "--model", "cnn", "--checkpoint", checkpoint, "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 2 and "holds another model" in result.output
+
+
+def test_the_name_tables_are_complete():
+    assert tuple(DEFAULTS) == mep.data.names()
+    assert set(MODELS) == {"mlp", "cnn", "deep-mlp"}
+    assert set(SETTLERS) == {"sweep", "descent", "anderson", "limit"}
+    assert set(STENCILS) == {"one-sided", "centered", "five-point"}
