@@ -14,6 +14,7 @@ from mep.contrast import (
     settle,
     state_gradients,
 )
+from mep.diagnostics import Diagnosis, diagnose
 from mep.energies import KL, PredictionError, Squared
 from mep.optim import EPOptimizer, param_groups
 from mep.settling import Anderson, GradientDescent, Limit, Sweep
@@ -25,6 +26,7 @@ __all__ = [
     "Anderson",
     "AutoBeta",
     "Chain",
+    "Diagnosis",
     "EPOptimizer",
     "Estimate",
     "GradientDescent",
@@ -35,6 +37,7 @@ __all__ = [
     "TraceError",
     "centered",
     "data",
+    "diagnose",
     "energy",
     "estimate",
     "five_point",

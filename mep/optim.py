@@ -16,7 +16,6 @@ from mep.contrast import (
     chain_of,
     contrast,
     free_phase,
-    one_sided,
     settings,
 )
 from mep.energies import Cost, PredictionError, cost_of

@@ -333,7 +333,7 @@ def test_diagnosis(data, tmp_path):
     model = mep.models.mlp(64, (16, 16), 10)
     found = mep.diagnose(model, data.x_test, data.y_test)
     made = diagnose_bench.run(found, "EP", {"dataset": "digits", "model": "mlp"}, "mep diagnose")
-    assert [row["layer"] for row in made.rows] == [name for name, _, _ in found.layers]
+    assert [row["layer"] for row in made.rows] == [layer.name for layer in found.layers]
     assert made.summary["cosine"] == found.cosine and made.summary["layers"] == 3
     figure = diagnose_bench.plot(made)
     publish(tmp_path, made, diagnose_bench.table(made), figure, "diagnosis.png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mep.bench.plot import canvas, styled
+from mep.bench.plot import canvas, styled, whole_numbers
 from mep.bench.record import Record
 from mep.bench.regime import describe, measure
 from mep.bench.table import Table, number
@@ -31,8 +31,8 @@ def run(diagnosis: Diagnosis, subject: str, config: Mapping[str, Any], command: 
         The record: a row per layer with ``layer, cosine, norm_ratio``; the summary has the rest.
     """
     rows = [
-        {"layer": name, "cosine": cosine, "norm_ratio": ratio}
-        for name, cosine, ratio in diagnosis.layers
+        {"layer": layer.name, "cosine": layer.cosine, "norm_ratio": layer.norm_ratio}
+        for layer in diagnosis.layers
     ]
     summary = {"subject": subject, **measure(diagnosis), "layers": len(rows)}
     return Record(command, dict(config), rows, summary)
@@ -43,7 +43,7 @@ def table(record: Record) -> Table:
     summary = record.summary
     return Table(
         f"{describe(summary)} against backprop, {record.config['dataset']}, "
-        f"{record.config['model']}, {summary['dtype'].removeprefix('torch.')}",
+        f"{record.config['model']}, {summary['dtype']}",
         ["layer", "cosine", "|EP| / |backprop|"],
         [
             [row["layer"], number(row["cosine"], ".6f"), number(row["norm_ratio"], ".4f")]
@@ -69,5 +69,5 @@ def plot(record: Record) -> Figure:
         ax.plot(depth, values, color=f"C{index}", marker="o")
         ax.set(xlabel="layer, from the input", ylabel=label)
         ax.ticklabel_format(axis="y", useOffset=False)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(ax)
     return figure

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import io
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mep.training import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOURS", "canvas", "save", "styled"]
+__all__ = ["COLOURS", "canvas", "save", "styled", "whole_numbers"]
 
 COLOURS = ("#0b6e99", "#d1495b", "#6a994e", "#8d6a9f", "#bc6c25")
 """Distinct in greyscale order too; the first is EP's, the second backprop's."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,13 +34,24 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
     "legend.frameon": False,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
 }
 
 
-def styled() -> AbstractContextManager[None]:
+@contextmanager
+def styled() -> Iterator[None]:
     """The house style, as a context or as the decorator of a function that plots."""
-    return matplotlib.rc_context(_STYLE)
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def whole_numbers(ax: Axes) -> None:
+    """Let the horizontal axis count: no ticks between whole numbers.
+
+    Args:
+        ax: the axes.
+    """
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def canvas(columns: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:

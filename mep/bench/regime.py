@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mep.diagnostics import Diagnosis
 
-__all__ = ["LIMIT", "describe", "measure", "pool"]
+__all__ = ["LIMIT", "describe", "label", "measure", "pool"]
 
 LIMIT = "limit (= backprop)"
 """The name of the limit in every table and plot: its gradient is backprop's by algebra."""
@@ -28,14 +28,15 @@ def measure(diagnosis: Diagnosis) -> dict[str, Any]:
         ``regime, residual`` (median), ``residual_q95, residual_aggregate, cosine, c, beta,
         sweeps, displacement, displacement_ratio, layers_with_gradient, dtype``.
     """
-    same = ("regime", "cosine", "c", "beta", "sweeps", "displacement", "displacement_ratio")
+    same = (
+        "regime", "cosine", "c", "beta", "sweeps", "displacement", "displacement_ratio",
+        "layers_with_gradient", "dtype",
+    )  # fmt: skip
     return {
         **{key: getattr(diagnosis, key) for key in same},
         "residual": diagnosis.median,
         "residual_q95": diagnosis.q95,
         "residual_aggregate": diagnosis.aggregate,
-        "layers_with_gradient": diagnosis.layers_with_gradient,
-        "dtype": str(diagnosis.dtype),
     }
 
 
@@ -57,6 +58,19 @@ def pool(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _median(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(statistics.median(known)) if known else None
+
+
+def label(subject: str, regimes: Collection[str]) -> str:
+    """A short name for a curve or a line: the arm with the regimes it was found in.
+
+    Example:
+        >>> label("EP", ["finite nudge"]), label("backprop", [])
+        ('EP (finite nudge)', 'backprop')
+    """
+    if subject == LIMIT or not regimes:
+        return subject
+    names = [LIMIT if regime == "limit" else regime for regime in dict.fromkeys(regimes)]
+    return f"{subject} ({', '.join(names)})"
 
 
 def describe(summary: Mapping[str, Any]) -> str:

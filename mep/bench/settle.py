@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 import mep
-from mep.bench.plot import canvas, styled
+from mep.bench.plot import canvas, styled, whole_numbers
 from mep.bench.record import Record
 from mep.bench.table import Table, number
 
@@ -45,6 +45,7 @@ def run(
         has, per settler, the residual reached, its tail, and the verdict.
     """
     rows, summary = [], []
+    dtype = str(x.dtype).removeprefix("torch.")
     for name, settler in settlers.items():
         settled = mep.settle(model, x, y, beta=beta, settler=settler)
         history = [float(value) for value in settled.history]
@@ -59,7 +60,7 @@ def run(
                 "status": settled.status,
             }
         )
-    return Record(command, dict(config), rows, {"settlers": summary})
+    return Record(command, dict(config), rows, {"dtype": dtype, "settlers": summary})
 
 
 def table(record: Record) -> Table:
@@ -79,7 +80,7 @@ def table(record: Record) -> Table:
         ["verdict", *(end["status"] for end in ends)],
     ]
     return Table(
-        f"residual, {record.config['label']}",
+        f"residual, {record.config['label']}, {record.summary['dtype']}",
         ["median residual", *(end["settler"] for end in ends)],
         rows,
         "One step of gradient settling and one sweep cost about the same: one pass up the chain "
@@ -94,7 +95,7 @@ def _course(record: Record, settler: str) -> list[float]:
 @styled()
 def plot(record: Record) -> Figure:
     """Median residual against steps, on a logarithmic scale."""
-    figure, (ax,) = canvas(1, record.config["label"])
+    figure, (ax,) = canvas(1, table(record).title)
     for entry in record.summary["settlers"]:
         course = _course(record, entry["settler"])
         ax.plot(range(len(course)), course, marker="o", label=entry["settler"])
@@ -103,9 +104,7 @@ def plot(record: Record) -> Figure:
         "settled below", (1, 1e-2), xycoords=("axes fraction", "data"),
         xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=8, color="#666666",
     )  # fmt: skip
-    ax.set(
-        yscale="log", xlabel="steps or sweeps", ylabel="median residual, ||dF/ds|| / ||beta dC/ds||"
-    )
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(yscale="log", xlabel="steps or sweeps", ylabel="median of ||dF/ds|| / ||beta dC/ds||")
+    whole_numbers(ax)
     ax.legend(loc="best")
     return figure

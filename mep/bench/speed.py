@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mep
 from mep.bench.plot import canvas, styled
 from mep.bench.record import Record
-from mep.bench.regime import LIMIT, measure
+from mep.bench.regime import LIMIT, label, measure
 from mep.bench.table import Table, number
 from mep.bench.timing import interleave, spread
 
@@ -27,7 +28,7 @@ __all__ = ["SpeedConfig", "plot", "run", "table"]
 EP, BACKPROP = "EP", "backprop"
 
 # At rate 0 an update does all its arithmetic, and every round times the same network.
-_RULE = {"lr": 0.0, "momentum": 0.9}
+_LR, _MOMENTUM = 0.0, 0.9
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _one_depth(config: SpeedConfig, depth: int) -> tuple[list[dict[str, Any]], d
 
 
 def _backprop(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), **_RULE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=_LR, momentum=_MOMENTUM)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -126,12 +127,13 @@ def _ep(
     model: nn.Module, x: Tensor, y: Tensor, settler: Any, beta: Any
 ) -> Callable[[], Mapping[str, Any]]:
     optimizer = mep.EPOptimizer(
-        model.parameters(), model=model, settler=settler, beta=beta, **_RULE
+        model.parameters(), model=model, settler=settler, beta=beta, lr=_LR, momentum=_MOMENTUM
     )
 
     def step() -> Mapping[str, Any]:
         optimizer.step(x=x, target=y)
         last = optimizer.last
+        assert last is not None  # an EP step has just been taken
         return {"residual": last.median, "sweeps": last.sweeps, "status": last.status}
 
     return step
@@ -155,7 +157,7 @@ def _summary(
         middle, low, high = spread([row[key] for row in own])
         summary |= {key: middle, f"{key}_quartiles": [low, high], f"{key}_iqr": high - low}
     if arm == EP:
-        summary |= regime | {"residual": spread([row["residual"] for row in own])[0]}
+        summary |= {**regime, "residual": spread([row["residual"] for row in own])[0]}
         summary["statuses"] = sorted({row["status"] for row in own})
     return summary
 
@@ -166,25 +168,28 @@ def table(record: Record) -> Table:
     return Table(
         f"time per update, width {config['width']}, batch {config['batch']}, "
         f"{config['rounds']} interleaved rounds, {record.environment['threads']} threads",
-        ["arm", "layers", "ms / step", "x backprop", "(quartiles)", "residual (median)", "c"],
+        ["arm", "depth", "ms", "x backprop", "residual", "c"],
         [_line(entry) for entry in record.summary["arms"]],
-        "x backprop: median over rounds of the time relative to plain loss.backward() and SGD "
-        "in the same round.",
+        "ms: median time of one update. x backprop: median over rounds, and quartiles, of the time "
+        "relative to plain loss.backward() and SGD in the same round. residual: median over the "
+        "batch.",
     )
 
 
 def _line(entry: Mapping[str, Any]) -> list[str]:
     low, high = entry["ratio_quartiles"]
-    name = f"{EP} ({entry['regime']})" if entry["arm"] == EP else entry["arm"]
     return [
-        name,
+        _label([entry]),
         str(entry["depth"]),
         f"{entry['ms']:.2f}",
-        f"{entry['ratio']:.2f}",
-        f"{low:.2f} to {high:.2f}",
+        f"{entry['ratio']:.2f} [{low:.2f}, {high:.2f}]",
         number(entry.get("residual")),
         number(entry.get("c"), ".2g"),
     ]
+
+
+def _label(entries: Sequence[Mapping[str, Any]]) -> str:
+    return label(entries[0]["arm"], [entry["regime"] for entry in entries if "regime" in entry])
 
 
 @styled()
@@ -198,13 +203,15 @@ def plot(record: Record) -> Figure:
         for ax, (key, _) in zip(axes, panels, strict=True):
             low, high = zip(*(entry[f"{key}_quartiles"] for entry in entries), strict=True)
             middle = [entry[key] for entry in entries]
-            ax.plot(depths, middle, color=f"C{index}", marker="o", label=arm)
+            ax.plot(depths, middle, color=f"C{index}", marker="o", label=_label(entries))
             ax.fill_between(depths, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
-    for ax, (_, label) in zip(axes, panels, strict=True):
-        ax.set(xscale="log", xlabel="weighted layers", ylabel=label)
+    for ax, (_, quantity) in zip(axes, panels, strict=True):
+        ax.set(xscale="log", xlabel="weighted layers", ylabel=quantity)
         ax.set_xticks(list(record.config["depths"]), [str(d) for d in record.config["depths"]])
         ax.minorticks_off()
     axes[0].set(yscale="log")
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].legend(loc="upper left")
     axes[1].set_ylim(bottom=0)
     return figure

@@ -37,10 +37,10 @@ class Table:
                 raise ValueError(f"A row of {len(self.columns)} cells was expected, got {row}.")
 
     def rich(self) -> RichTable:
-        """The table for a terminal; numbers (all columns but the first) flush right."""
+        """The cells for a terminal; numbers (all columns but the first) flush right."""
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, title_justify="left", title_style="bold")
+        table = RichTable()
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="right" if index else "left", overflow="fold")
         for row in self.rows:

@@ -69,7 +69,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
         (3.0, 2.0, 4.0)
     """
     if len(values) == 1:
-        return (values[0],) * 3
+        return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return middle, low, high
 

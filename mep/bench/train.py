@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mep.bench.plot import canvas, styled
+from mep.bench.plot import canvas, styled, whole_numbers
 from mep.bench.record import Record
-from mep.bench.regime import describe, measure, pool
+from mep.bench.regime import describe, label, measure, pool
 from mep.bench.table import Table, number, percent
 from mep.bench.timing import spread
 from mep.training import Arm, Checkpointing, Observer, TrainingConfig, fit
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from mep.data import Dataset
@@ -103,7 +104,9 @@ def run(
         training = replace(contest.training, seed=seed)
         rows += fit(arms, contest.data, training, checkpointing=saving, observers=observe(seed))
         if contest.diagnose is not None:
-            diagnoses.append({"seed": seed, **_diagnose(contest, arms[0].model)})
+            arms[0].model.eval()
+            found = contest.diagnose(arms[0].model, *_test_batch(contest))
+            diagnoses.append({"seed": seed, **measure(found)})
     summary = _summary(contest, rows) | pool(diagnoses) | {"diagnoses": diagnoses}
     return Record(command, dict(contest.config), rows, summary)
 
@@ -117,10 +120,9 @@ def _arms(contest: Contest, seed: int) -> list[Arm]:
     return [Arm(name, models[name], make(models[name])) for name, make in contest.arms.items()]
 
 
-def _diagnose(contest: Contest, model: nn.Module) -> dict[str, Any]:
+def _test_batch(contest: Contest) -> tuple[Tensor, Tensor]:
     x, y = contest.data.x_test[:TEST_BATCH], contest.data.y_test[:TEST_BATCH]
-    model.eval()
-    return measure(contest.diagnose(model, x.to(contest.device), y.to(contest.device)))
+    return x.to(contest.device), y.to(contest.device)
 
 
 def _summary(contest: Contest, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,6 +132,7 @@ def _summary(contest: Contest, rows: list[dict[str, Any]]) -> dict[str, Any]:
     summary = {
         "subject": contest.subject,
         "seeds": len(contest.seeds),
+        "dtype": str(contest.data.x_train.dtype).removeprefix("torch."),
         **_accuracy(subject, ""),
         "step_ms": _step_ms(rows, contest.subject),
         "training_residual": statistics.median(residuals) if residuals else None,
@@ -177,7 +180,7 @@ def table(record: Record) -> Table:
         columns.append(_column(summary, "backprop_"))
     seeds = "1 seed" if summary["seeds"] == 1 else f"{summary['seeds']} seeds"
     return Table(
-        f"{record.config['dataset']}, {record.config['model']}, {seeds}",
+        f"{record.config['dataset']}, {record.config['model']}, {seeds}, {summary['dtype']}",
         ["", summary["subject"], BACKPROP][: 1 + len(columns)],
         list(zip(_LINES, *columns, strict=True)),
         sentence(record),
@@ -220,7 +223,7 @@ def sentence(record: Record) -> str:
     if "backprop_test_accuracy" not in summary:
         text = f"{ours} test accuracy."
     else:
-        name = "EP" if summary["subject"] == "EP" else "The limit"
+        name = "EP" if summary["subject"] == "EP" else "the limit"
         text = (
             f"{ours}, backprop {percent(summary['backprop_test_accuracy'])}; "
             f"{name} takes {summary['step_time_ratio']:.2f} x backprop's time per step."
@@ -233,21 +236,24 @@ def sentence(record: Record) -> str:
 @styled()
 def plot(record: Record) -> Figure:
     """Training loss and test accuracy against epochs; one thin line per seed, the mean in bold."""
-    figure, axes = canvas(2, table(record).title)
+    figure, axes = canvas(2, f"{table(record).title}: {describe(record.summary)}")
     arms = list(dict.fromkeys(row["arm"] for row in record.rows))
-    panels = [("train_loss", "training loss", 1), ("test_accuracy", "test accuracy / %", 100)]
-    for ax, (key, label, scale) in zip(axes, panels, strict=True):
-        for index, arm in enumerate(arms):
-            rows = [row for row in record.rows if row["arm"] == arm]
-            _curve(ax, rows, key, scale, index, describe(record.summary) if not index else arm)
-        ax.set(xlabel="epoch", ylabel=label)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].set_yscale("log")
+    for index, arm in enumerate(arms):
+        rows = [row for row in record.rows if row["arm"] == arm]
+        regime = [record.summary["regime"]] if not index and "regime" in record.summary else []
+        _curve(axes[0], rows, "train_loss", 1, index, label(arm, regime))
+        _curve(axes[1], rows, "test_accuracy", 100, index, label(arm, regime))
+    axes[0].set(yscale="log", xlabel="epoch", ylabel="training loss")
+    axes[1].set(xlabel="epoch", ylabel="test accuracy / %")
+    for ax in axes:
+        whole_numbers(ax)
     axes[1].legend(loc="lower right")
     return figure
 
 
-def _curve(ax, rows, key: str, scale: float, index: int, label: str) -> None:
+def _curve(
+    ax: Axes, rows: list[dict[str, Any]], key: str, scale: float, index: int, name: str
+) -> None:
     """Seeds thin, their mean bold; the second arm dashed, so that equal curves both show."""
     seeds = sorted({row["seed"] for row in rows})
     curves = [[scale * row[key] for row in rows if row["seed"] == seed] for seed in seeds]
@@ -256,4 +262,4 @@ def _curve(ax, rows, key: str, scale: float, index: int, label: str) -> None:
         for curve in curves:
             ax.plot(epochs, curve, color=f"C{index}", linewidth=0.6, alpha=0.5)
     mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-    ax.plot(epochs, mean, color=f"C{index}", linestyle=("-", "--")[index], marker="o", label=label)
+    ax.plot(epochs, mean, color=f"C{index}", linestyle=("-", "--")[index], marker="o", label=name)

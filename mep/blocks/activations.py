@@ -29,14 +29,15 @@ class Activation:
         name: for reports.
         value: ``x -> phi(x)``.
         pull: ``(x, y, g) -> phi'(x) g``, by the kernels torch's own backward uses.
-        difference: ``(x, y, d) -> phi(x + d) - phi(x)`` without cancellation.
+        move: ``(x, y, d, x_new) -> (phi(x + d) - phi(x), phi(x + d))`` with ``x_new = x + d``; the
+            difference is free of cancellation.
         box: for ramps (slope 1 inside, 0 outside), the two kinks; None for everything else.
     """
 
     name: str
     value: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor, Tensor, Tensor], Tensor]
-    difference: Callable[[Tensor, Tensor, Tensor], Tensor]
+    move: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     box: tuple[float, float] | None = None
 
 
@@ -47,7 +48,19 @@ def _ramp_difference(x: Tensor, d: Tensor) -> Tensor:
 
 def _tanh_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
     """``tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)``."""
-    return torch.tanh(d) * (1 - y * y_new)
+    return torch.addcmul(y.new_ones(()), y, y_new, value=-1).mul_(torch.tanh(d))
+
+
+def _with_sum(
+    difference: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Completes a difference by the new value, where nothing cheaper than their sum is known."""
+
+    def move(x: Tensor, y: Tensor, d: Tensor, x_new: Tensor) -> tuple[Tensor, Tensor]:
+        delta = difference(x, y, d)
+        return delta, y + delta
+
+    return move
 
 
 def _sigmoid_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
@@ -60,17 +73,25 @@ def _relu() -> Activation:
         "relu",
         torch.relu,
         lambda x, y, g: _kernel.threshold_backward(g, y, 0),
-        lambda x, y, d: _ramp_difference(x, d),
+        lambda x, y, d, x_new: (
+            # max(d + min(x, 0), -max(x, 0)): exactly d or 0 where the kink is not crossed
+            torch.maximum(torch.sub(x, y).add_(d), -y),
+            torch.relu(x_new),
+        ),
         box=(0.0, math.inf),
     )
 
 
 def _tanh() -> Activation:
+    def move(x: Tensor, y: Tensor, d: Tensor, x_new: Tensor) -> tuple[Tensor, Tensor]:
+        y_new = torch.tanh(x_new)
+        return _tanh_difference(y, y_new, d), y_new
+
     return Activation(
         "tanh",
         torch.tanh,
         lambda x, y, g: _kernel.tanh_backward(g, y),
-        lambda x, y, d: _tanh_difference(y, torch.tanh(x + d), d),
+        move,
     )
 
 
@@ -79,7 +100,7 @@ def _sigmoid() -> Activation:
         "sigmoid",
         torch.sigmoid,
         lambda x, y, g: _kernel.sigmoid_backward(g, y),
-        lambda x, y, d: _sigmoid_difference(y, torch.sigmoid(x + d), d),
+        _with_sum(lambda x, y, d: _sigmoid_difference(y, torch.sigmoid(x + d), d)),
     )
 
 
@@ -88,7 +109,7 @@ def _silu() -> Activation:
         p, p_new = torch.sigmoid(x), torch.sigmoid(x + d)
         return d * p_new + x * _sigmoid_difference(p, p_new, d)
 
-    return Activation("silu", F.silu, lambda x, y, g: _kernel.silu_backward(g, x), difference)
+    return Activation("silu", F.silu, lambda x, y, g: _kernel.silu_backward(g, x), _with_sum(difference))
 
 
 def _softplus(beta: float, threshold: float) -> Activation:
@@ -104,7 +125,7 @@ def _softplus(beta: float, threshold: float) -> Activation:
         "softplus",
         lambda x: F.softplus(x, beta, threshold),
         lambda x, y, g: _kernel.softplus_backward(g, x, beta, threshold),
-        difference,
+        _with_sum(difference),
     )
 
 
@@ -113,7 +134,7 @@ def _leaky_relu(slope: float) -> Activation:
         "leaky_relu",
         lambda x: F.leaky_relu(x, slope),
         lambda x, y, g: _kernel.leaky_relu_backward(g, x, slope, False),
-        lambda x, y, d: slope * d + (1 - slope) * _ramp_difference(x, d),
+        _with_sum(lambda x, y, d: slope * d + (1 - slope) * _ramp_difference(x, d)),
     )
 
 
@@ -126,7 +147,7 @@ def _elu(alpha: float) -> Activation:
         "elu",
         lambda x: F.elu(x, alpha),
         lambda x, y, g: _kernel.elu_backward(g, alpha, 1, 1, False, x),
-        difference,
+        _with_sum(difference),
     )
 
 
@@ -135,7 +156,9 @@ def _hardtanh(low: float, high: float) -> Activation:
         "hardtanh",
         lambda x: x.clamp(low, high),
         lambda x, y, g: _kernel.hardtanh_backward(g, x, low, high),
-        lambda x, y, d: _ramp_difference(x - low, d) - _ramp_difference(x - high, d),
+        _with_sum(
+            lambda x, y, d: _ramp_difference(x - low, d) - _ramp_difference(x - high, d)
+        ),
         box=(low, high),
     )
 
@@ -152,7 +175,7 @@ def _gelu_tanh() -> Activation:
         inner = c * d * (1 + k * (x_new * x_new + x_new * x + x * x))
         return 0.5 * (d * (1 + t_new) + x * _tanh_difference(t, t_new, inner))
 
-    return Activation("gelu", lambda x: F.gelu(x, approximate="tanh"), pull, difference)
+    return Activation("gelu", lambda x: F.gelu(x, approximate="tanh"), pull, _with_sum(difference))
 
 
 def _gelu() -> Activation:
@@ -172,11 +195,11 @@ def _gelu() -> Activation:
         rise = torch.where(d.abs() < 0.05, density * d * near, p_new - cdf(x))
         return d * p_new + x * rise
 
-    return Activation("gelu", F.gelu, lambda x, y, g: _kernel.gelu_backward(g, x), difference)
+    return Activation("gelu", F.gelu, lambda x, y, g: _kernel.gelu_backward(g, x), _with_sum(difference))
 
 
 def _identity() -> Activation:
-    return Activation("identity", lambda x: x, lambda x, y, g: g, lambda x, y, d: d)
+    return Activation("identity", lambda x: x, lambda x, y, g: g, lambda x, y, d, x_new: (d, x_new))
 
 
 _MODULES: dict[type[nn.Module], Callable[[nn.Module], Activation]] = {

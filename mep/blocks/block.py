@@ -83,6 +83,7 @@ class Block(ABC):
 
     def commit(self, point: Any) -> None:
         """Makes the side effects of the free evaluation (running statistics) permanent."""
+        return  # most blocks have none
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yields the parameters of all modules, each once."""

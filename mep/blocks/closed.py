@@ -90,9 +90,9 @@ class ClosedBlock(Block):
     def difference(self, point: _Point, d: Tensor) -> tuple[Tensor, _Point]:
         values, memos = [point.values[0] + d], []
         for k, operation in enumerate(self.operations):
-            x, y = point.values[k], point.values[k + 1]
-            d, memo = operation.difference(x, y, point.memos[k], d)
-            values.append(y + d)
+            x, y, memo = point.values[k], point.values[k + 1], point.memos[k]
+            d, y_new, memo = operation.move(x, y, memo, d, values[-1])
+            values.append(y_new)
             memos.append(memo)
         return (d if self.layer is None else self.layer.push(d)), _Point(values, memos)
 
@@ -105,4 +105,4 @@ class ClosedBlock(Block):
         if weight.requires_grad:
             yield weight, self.layer.weight_gradient(point.values[-1], e, scale)
         if bias is not None and bias.requires_grad:
-            yield bias, self.layer.bias_gradient(e).mul_(scale)
+            yield bias, self.layer.bias_gradient(e, scale)

@@ -38,8 +38,8 @@ class Layer(ABC):
         """Returns ``scale sum_n e_n a_n^T`` over the batch, with the shape of the weight."""
 
     @abstractmethod
-    def bias_gradient(self, e: Tensor) -> Tensor:
-        """Returns ``sum_n e_n`` over the batch (and positions), with the shape of the bias."""
+    def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
+        """Returns ``scale sum_n e_n`` over batch and positions, with the shape of the bias."""
 
 
 class Linear(Layer):
@@ -61,8 +61,8 @@ class Linear(Layer):
         weight = self.module.weight  # beta=0: its values are not read
         return torch.addmm(weight, e.flatten(0, -2).t(), a.flatten(0, -2), beta=0, alpha=scale)
 
-    def bias_gradient(self, e: Tensor) -> Tensor:
-        return e.flatten(0, -2).sum(0)
+    def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
+        return e.flatten(0, -2).sum(0).mul_(scale)
 
 
 class Conv2d(Layer):
@@ -83,8 +83,8 @@ class Conv2d(Layer):
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
         return self._backward(a, e, (False, True, False))[1].mul_(scale)
 
-    def bias_gradient(self, e: Tensor) -> Tensor:
-        return e.sum((0, 2, 3))
+    def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
+        return e.sum((0, 2, 3)).mul_(scale)
 
     def _convolve(self, a: Tensor, bias: Tensor | None) -> Tensor:
         m = self.module

@@ -32,8 +32,14 @@ class Operation(ABC):
         """Returns ``J(x)^T g`` at the evaluation that gave ``y`` and ``memo``."""
 
     @abstractmethod
-    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
-        """Returns ``g(x + d) - g(x)`` without cancellation, and the memo at ``x + d``."""
+    def move(
+        self, x: Tensor, y: Tensor, memo: Memo, d: Tensor, x_new: Tensor
+    ) -> tuple[Tensor, Tensor, Memo]:
+        """Moves the input by ``d`` to ``x_new``.
+
+        Returns:
+            ``g(x + d) - g(x)`` without cancellation, ``g(x + d)``, and the memo there.
+        """
 
 
 class Pointwise(Operation):
@@ -48,8 +54,10 @@ class Pointwise(Operation):
     def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
         return self.activation.pull(x, y, g)
 
-    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
-        return self.activation.difference(x, y, d), None
+    def move(
+        self, x: Tensor, y: Tensor, memo: Memo, d: Tensor, x_new: Tensor
+    ) -> tuple[Tensor, Tensor, Memo]:
+        return *self.activation.move(x, y, d, x_new), None
 
 
 class Reshape(Operation):
@@ -64,8 +72,10 @@ class Reshape(Operation):
     def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
         return g.reshape(x.shape)
 
-    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
-        return self.module(d), None
+    def move(
+        self, x: Tensor, y: Tensor, memo: Memo, d: Tensor, x_new: Tensor
+    ) -> tuple[Tensor, Tensor, Memo]:
+        return self.module(d), self.module(x_new), None
 
 
 class AvgPool2d(Operation):
@@ -86,8 +96,11 @@ class AvgPool2d(Operation):
             m.ceil_mode, m.count_include_pad, m.divisor_override,
         )  # fmt: skip
 
-    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
-        return self.module(d), None
+    def move(
+        self, x: Tensor, y: Tensor, memo: Memo, d: Tensor, x_new: Tensor
+    ) -> tuple[Tensor, Tensor, Memo]:
+        delta = self.module(d)
+        return delta, y + delta, None
 
 
 class MaxPool2d(Operation):
@@ -108,13 +121,15 @@ class MaxPool2d(Operation):
         # scatter_add: windows may overlap, and then one winner serves several outputs.
         return back.scatter_add_(2, memo.flatten(2), g.flatten(2)).view_as(x)
 
-    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
-        _, winners = self.apply(x + d)
+    def move(
+        self, x: Tensor, y: Tensor, memo: Memo, d: Tensor, x_new: Tensor
+    ) -> tuple[Tensor, Tensor, Memo]:
+        y_new, winners = self.apply(x_new)
         assert winners is not None
         index = winners.flatten(2)
         # An unchanged winner contributes exactly its own displacement: the bracket is 0.
         moved = x.flatten(2).gather(2, index).view_as(y) - y
-        return moved + d.flatten(2).gather(2, index).view_as(y), winners
+        return moved + d.flatten(2).gather(2, index).view_as(y), y_new, winners
 
 
 class Dropout(Operation):
@@ -135,8 +150,11 @@ class Dropout(Operation):
     def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
         return g if memo is None else g * memo
 
-    def difference(self, x: Tensor, y: Tensor, memo: Memo, d: Tensor) -> tuple[Tensor, Memo]:
-        return self.pull(x, y, memo, d), memo
+    def move(
+        self, x: Tensor, y: Tensor, memo: Memo, d: Tensor, x_new: Tensor
+    ) -> tuple[Tensor, Tensor, Memo]:
+        delta = self.pull(x, y, memo, d)
+        return delta, y + delta, memo
 
 
 def _is_plain_max_pool(module: nn.Module) -> bool:

@@ -77,7 +77,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """torch's own modules and hooked ones stay whole."""
+    """Torch's own modules and hooked ones stay whole."""
     if _has_hooks(module):
         return True
     return type(module) is not nn.Sequential and type(module).__module__.startswith("torch.nn")

@@ -33,12 +33,10 @@ def check(
     except mep.TraceError as error:
         typer.secho(str(error), err=True)
         raise typer.Exit(1) from error
-    rows = [[block.name, block.kind, str(block)] for block in chain]
-    table = Table(f"{target.rpartition(':')[2]}: {len(chain)} blocks", _COLUMNS, rows)
-    Console().print(table.rich())
-
-
-_COLUMNS = ("block", "kind", "computes")
+    rows = [[block.name, block.kind, block.describe()] for block in chain]
+    console = Console()
+    console.print(f"{target.rpartition(':')[2]}: {len(chain)} blocks", style="bold")
+    console.print(Table("", ("block", "kind", "computes"), rows).rich())
 
 
 def _model(target: str) -> nn.Module:

@@ -193,9 +193,11 @@ class Benchmark(Protocol):
 
     def table(self, record: Record) -> Table:
         """The record's table."""
+        ...
 
     def plot(self, record: Record) -> Figure:
         """The record's figure."""
+        ...
 
 
 def show(benchmark: Benchmark, record: Record, out: Path, figure: str) -> None:
@@ -203,5 +205,6 @@ def show(benchmark: Benchmark, record: Record, out: Path, figure: str) -> None:
     table = benchmark.table(record)
     publish(out, record, table, benchmark.plot(record), figure)
     console = Console()
+    console.print(table.title, style="bold", highlight=False)
     console.print(table.rich())
     console.print(table.note, highlight=False)

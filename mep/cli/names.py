@@ -27,7 +27,7 @@ class Defaults:
 
 
 DEFAULTS = {
-    "digits": Defaults(hidden=(128, 128), epochs=15, batch_size=32, lr=0.05, weight_decay=1e-4),
+    "digits": Defaults(hidden=(128, 128), epochs=10, batch_size=64, lr=0.1, weight_decay=1e-4),
     "mnist": Defaults(hidden=(512, 512), epochs=10, batch_size=128, lr=0.05),
     "fashion-mnist": Defaults(hidden=(512, 512), epochs=10, batch_size=128, lr=0.05),
 }

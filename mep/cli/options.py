@@ -24,11 +24,11 @@ DatasetName = Annotated[
 ]
 Model = Annotated[str, typer.Option(metavar=_of(MODELS), help="Architecture.")]
 Depth = Annotated[
-    int | None, typer.Option(min=2, help="Weighted layers of deep-mlp.  [default: 10]")
+    int | None, typer.Option(min=2, help="Weighted layers of deep-mlp.", show_default="10")
 ]
 Settler = Annotated[
     str | None,
-    typer.Option(metavar=_of(SETTLERS), help="How EP settles.  [default: sweep]"),
+    typer.Option(metavar=_of(SETTLERS), help="How EP settles.", show_default="sweep"),
 ]
 Sweeps = Annotated[
     int | None, typer.Option(min=1, help="Most sweeps per nudged phase (sweep, anderson).")
@@ -39,16 +39,16 @@ SettleSteps = Annotated[
 Tol = Annotated[float | None, typer.Option(help="Median residual at which settling stops.")]
 Stencil = Annotated[
     str | None,
-    typer.Option(metavar=_of(STENCILS), help="Nodes in beta.  [default: one-sided]"),
+    typer.Option(metavar=_of(STENCILS), help="Nodes in beta.", show_default="one-sided"),
 ]
 Beta = Annotated[
     str | None,
-    typer.Option(metavar="auto|FLOAT", help="Nudging strength; auto scales it by depth.  "
-                 "[default: auto]"),
+    typer.Option(metavar="auto|FLOAT", help="Nudging strength; auto scales it by depth.",
+                 show_default="auto"),
 ]  # fmt: skip
 C = Annotated[
     float | None,
-    typer.Option("--c", help="Relative strength of the automatic nudge.  [default: 0.05]"),
+    typer.Option("--c", help="Relative strength of the automatic nudge.", show_default="0.05"),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Samples in the batch.")]
 DataDir = Annotated[

@@ -37,11 +37,21 @@ def train(
     stencil: options.Stencil = None,
     beta: options.Beta = None,
     c: options.C = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per update.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="Momentum.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data.", show_default="by data set")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples per update.", show_default="by data set")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate.", show_default="by data set")
+    ] = None,
+    momentum: Annotated[
+        float | None, typer.Option(help="Momentum.", show_default="by data set")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Weight decay.", show_default="by data set")
+    ] = None,
     schedule: Annotated[
         str, typer.Option(metavar="|".join(SCHEDULES), help="Course of the learning rate.")
     ] = "one-cycle",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,13 +55,10 @@ class FreePhase:
     @cached_property
     def gain(self) -> float:
         """``kappa = sum_i ||e_i||^2 / ||e_L||^2``: how much every layer's move adds up."""
-        # Normalised by the output error first: squares of small errors underflow in float32.
-        errors = self.unit.errors
-        size = errors[-1].abs().max()
-        if not size > 0:
-            return float(len(errors))
-        total = torch.stack([(e / size).square().sum() for e in errors])
-        return float(total.sum() / total[-1])
+        norms = torch.stack([torch.linalg.vector_norm(e) for e in self.unit.errors])
+        gain = float((norms / norms[-1]).square().sum())
+        # Nothing to learn from this batch, or an overflow that settling will report: any will do.
+        return gain if math.isfinite(gain) and gain > 0 else float(len(norms))
 
     def commit(self) -> None:
         """Makes the free phase's running statistics permanent: once per step."""

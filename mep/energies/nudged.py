@@ -106,14 +106,15 @@ class Nudged:
 
     def forward(self, messages: Messages) -> Configuration:
         errors, points, displacements = list(messages.errors), [self.free.points[0]], []
-        delta = torch.zeros_like(errors[0])
         for i, block in enumerate(self.blocks):
-            if i > 0:
+            if i == 0:
+                delta = torch.zeros_like(errors[0])  # nothing moves below the first state
+            else:
                 delta, point = block.difference(self.free.points[i], displacements[-1])
                 points.append(point)
             inner = messages.inners[i] if messages.inners else None
             if inner is None:
-                displacements.append(torch.add(delta, errors[i], alpha=self.beta))
+                displacements.append(delta.add(errors[i], alpha=self.beta))
             else:
                 d, errors[i] = self._rest(i, delta, inner)
                 displacements.append(d)

@@ -91,9 +91,9 @@ class Solver(ABC):
     tol: float | None
     final_status: str | None = None
 
+    @abstractmethod
     def start(self, problem: Problem) -> Iterate:
-        """Returns the first iterate: the free equilibrium."""
-        return Iterate(problem.start(), problem.start_residual())
+        """Returns the first iterate, before any step."""
 
     @abstractmethod
     def step(self, problem: Problem, iterate: Iterate) -> Iterate:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 __all__ = ["CONVERGED", "DIVERGED", "LIMIT", "NOT_SETTLED", "Measured", "Residual", "Settled"]

@@ -48,6 +48,9 @@ class GradientDescent(Solver):
         _check(self, max_steps=self.max_steps >= 1, lr=self.lr > 0, patience=self.patience >= 1)
         _check(self, momentum=0 <= self.momentum < 1, tol=self.tol is None or self.tol > 0)
 
+    def start(self, problem: Problem) -> Iterate:
+        return Iterate(problem.start(), problem.start_residual())
+
     def step(self, problem: Problem, iterate: Iterate) -> Iterate:
         at = iterate.configuration
         # The forces behind the last residual are those of this step.
@@ -98,9 +101,12 @@ class Sweep(Solver):
         """One step of the loop is one sweep."""
         return self.max_sweeps
 
+    def start(self, problem: Problem) -> Iterate:
+        return Iterate(None, problem.start_residual())
+
     def step(self, problem: Problem, iterate: Iterate) -> Iterate:
-        at = problem.sweep(iterate.configuration if iterate.memory else None)
-        return Iterate(at, problem.forces(at)[1], memory="swept")
+        at = problem.sweep(iterate.configuration)
+        return Iterate(at, problem.forces(at)[1])
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,14 @@ class Anderson(Solver):
         _check(self, max_steps=self.max_steps >= 1, tol=self.tol is None or self.tol > 0)
         _check(self, memory=self.memory >= 1, damping=0 < self.damping <= 1)
 
+    def start(self, problem: Problem) -> Iterate:
+        return Iterate(None, problem.start_residual(), [])
+
     def step(self, problem: Problem, iterate: Iterate) -> Iterate:
-        if iterate.memory is None:
+        at = iterate.configuration
+        if at is None:
             at = problem.sweep(None)
             return Iterate(at, problem.forces(at)[1], [])
-        at = iterate.configuration
         wanted = problem.backward(at).errors
         past = [*iterate.memory, (_flatten(at.errors), _flatten(wanted))][-self.memory :]
         at = problem.forward(Messages(_unflatten(self._mix(past), wanted), None))
