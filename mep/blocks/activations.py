@@ -109,7 +109,9 @@ def _silu() -> Activation:
         p, p_new = torch.sigmoid(x), torch.sigmoid(x + d)
         return d * p_new + x * _sigmoid_difference(p, p_new, d)
 
-    return Activation("silu", F.silu, lambda x, y, g: _kernel.silu_backward(g, x), _with_sum(difference))
+    return Activation(
+        "silu", F.silu, lambda x, y, g: _kernel.silu_backward(g, x), _with_sum(difference)
+    )
 
 
 def _softplus(beta: float, threshold: float) -> Activation:
@@ -156,9 +158,7 @@ def _hardtanh(low: float, high: float) -> Activation:
         "hardtanh",
         lambda x: x.clamp(low, high),
         lambda x, y, g: _kernel.hardtanh_backward(g, x, low, high),
-        _with_sum(
-            lambda x, y, d: _ramp_difference(x - low, d) - _ramp_difference(x - high, d)
-        ),
+        _with_sum(lambda x, y, d: _ramp_difference(x - low, d) - _ramp_difference(x - high, d)),
         box=(low, high),
     )
 
@@ -195,7 +195,9 @@ def _gelu() -> Activation:
         rise = torch.where(d.abs() < 0.05, density * d * near, p_new - cdf(x))
         return d * p_new + x * rise
 
-    return Activation("gelu", F.gelu, lambda x, y, g: _kernel.gelu_backward(g, x), _with_sum(difference))
+    return Activation(
+        "gelu", F.gelu, lambda x, y, g: _kernel.gelu_backward(g, x), _with_sum(difference)
+    )
 
 
 def _identity() -> Activation:

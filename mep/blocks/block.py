@@ -70,7 +70,10 @@ class Block(ABC):
 
     @abstractmethod
     def difference(self, point: Any, d: Tensor) -> tuple[Tensor, Any]:
-        """Returns ``f(s + d) - f(s)`` without cancellation, and the point at ``s + d``."""
+        """Returns ``f(s + d) - f(s)`` without cancellation, and the point at ``s + d``.
+
+        The difference is a new tensor, the caller's to change.
+        """
 
     @abstractmethod
     def gradients(
@@ -86,8 +89,8 @@ class Block(ABC):
         return  # most blocks have none
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yields the parameters of all modules, each once."""
-        return nn.ModuleList(self.modules).parameters()
+        """Yields the parameters of all modules; a shared one may come more than once."""
+        return (parameter for module in self.modules for parameter in module.parameters())
 
     def describe(self) -> str:
         """Returns the modules on one line, as ``ReLU > Linear(512, 10)``."""

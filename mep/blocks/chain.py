@@ -63,7 +63,11 @@ class Chain:
         states, points, s = [], [], x
         for block in self.blocks:
             try:
-                s, point = block.predict(s)
+                out, point = block.predict(s)
+                if out.shape[:1] != x.shape[:1]:
+                    raise ValueError(
+                        f"the batch must stay the first dimension, got {tuple(out.shape)}"
+                    )
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError, ValueError) as error:
@@ -71,6 +75,7 @@ class Chain:
                     f"`x` of shape {tuple(x.shape)} does not fit the model: block `{block.name}` "
                     f"({block.describe()}) was given shape {tuple(s.shape)} and said: {error}"
                 ) from error
+            s = out
             states.append(s)
             points.append(point)
         return states, points

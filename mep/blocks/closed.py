@@ -94,7 +94,7 @@ class ClosedBlock(Block):
             d, y_new, memo = operation.move(x, y, memo, d, values[-1])
             values.append(y_new)
             memos.append(memo)
-        return (d if self.layer is None else self.layer.push(d)), _Point(values, memos)
+        return (d.clone() if self.layer is None else self.layer.push(d)), _Point(values, memos)
 
     def gradients(
         self, point: _Point, e: Tensor, scale: float

@@ -49,7 +49,8 @@ class LocalBlock(Block):
         self._body = nn.Sequential(*modules)
 
     def predict(self, s: Tensor) -> tuple[Tensor, _Point]:
-        if not any(m.training for m in self.modules):
+        # A recorded subgraph's own flag is as old as the recording: its children's count.
+        if not any(m.training for top in self.modules for m in top.modules()):
             return self._body(_copy(s)), _Point(s, None, {})
         buffers = self._copy_buffers()
         before = _rng_state(s.device)

@@ -13,7 +13,7 @@ from mep.energies import FreePhase
 
 __all__ = ["chain_of", "check_input", "free_phase"]
 
-_chains: WeakKeyDictionary[nn.Module, dict[str, tuple[tuple[int, ...], Chain]]]
+_chains: WeakKeyDictionary[nn.Module, dict[str, tuple[tuple, Chain]]]
 _chains = WeakKeyDictionary()
 
 
@@ -21,7 +21,11 @@ def chain_of(model: nn.Module, gradient_method: str = "analytic") -> Chain:
     """Returns the model's chain, traced once and again whenever a module has been exchanged."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-    signature = tuple(id(m) for m in model.modules())
+    # A forward may have been recorded in one mode, and hooks rule closed forms out.
+    signature = tuple(
+        (id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in model.modules()
+    )
     known = _chains.setdefault(model, {})
     if known.get(gradient_method, ((), None))[0] != signature:
         known[gradient_method] = (signature, trace(model, gradient_method=gradient_method))

@@ -42,9 +42,14 @@ class FreePhase:
         self.loss = cost.value(self.states[-1], self.target)
 
     @cached_property
+    def cost_gradient(self) -> Tensor:
+        """``dC/ds_L`` at the free output."""
+        return self.cost.gradient(self.states[-1], self.target)
+
+    @cached_property
     def unit(self) -> Messages:
         """The backward sweep at the free states, per unit of beta: from ``e_L = -dC/ds_L``."""
-        e = -self.cost.gradient(self.states[-1], self.target)
+        e = -self.cost_gradient
         errors, products = [e], []
         for block, point in zip(self.chain.blocks[:0:-1], self.points[:0:-1], strict=True):
             products.append(block.product(point, e))

@@ -10,6 +10,7 @@ Errors are carried per unit of beta: they keep an ordinary size however weak the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ class Nudged:
 
     def start_residual(self) -> Residual:
         # Every force vanishes at the free equilibrium but the nudge itself.
-        nudge = _norm([self._cost_gradient(self.free.states[-1])])
+        nudge = _norm(self.free.cost_gradient)
         return Residual((nudge > 0).to(nudge.dtype), nudge)
 
     def limit(self) -> Configuration:
@@ -114,7 +115,7 @@ class Nudged:
                 points.append(point)
             inner = messages.inners[i] if messages.inners else None
             if inner is None:
-                displacements.append(delta.add(errors[i], alpha=self.beta))
+                displacements.append(delta.add_(errors[i], alpha=self.beta))
             else:
                 d, errors[i] = self._rest(i, delta, inner)
                 displacements.append(d)
@@ -123,21 +124,33 @@ class Nudged:
         return at
 
     def forces(self, at: Configuration) -> tuple[list[Tensor], Residual]:
-        signals, forces = at.local_errors(), []
+        forces = list(self._forces(at))
+        return forces, self._residual(at, [_norm(f) for f in forces])
+
+    def residual(self, at: Configuration) -> Residual:
+        # One force at a time: a deep chain's forces would not stay in the cache.
+        return self._residual(at, [_norm(f) for f in self._forces(at)])
+
+    def _forces(self, at: Configuration) -> Iterator[Tensor]:
+        signals = at.local_errors()
         for i, block in enumerate(self.blocks[1:], start=1):
             known = at.products is not None and signals[i] is at.errors[i]
             product = at.products[i - 1] if known else block.product(at.points[i], signals[i])
             inner = block.inner(at.points[i], product) if at.at_kinks else None
             e = at.errors[i - 1]
             if inner is None:
-                forces.append(e - block.pull(at.points[i], product))
+                yield e - block.pull(at.points[i], product)
             else:
                 s = self.free.states[i - 1] + at.displacements[i - 1]
-                forces.append(block.least_force(s, e, inner))
-        f = self._output_prediction(at)
-        nudge = self._cost_gradient(f + at.errors[-1] * self.beta)
-        forces.append(self.output.force(at.errors[-1] * self.beta, f) / self.beta + nudge)
-        return forces, _residual(forces, nudge)
+                yield block.least_force(s, e, inner)
+        v, f = at.errors[-1] * self.beta, self._output_prediction(at)
+        yield self.output.force(v, f) / self.beta + self._cost_gradient(f + v)
+
+    def _residual(self, at: Configuration, norms: list[Tensor]) -> Residual:
+        """Forces and nudge both per unit of beta, which cancels."""
+        nudge = _norm(self._cost_gradient(self.free.states[-1] + at.displacements[-1]))
+        ratio = torch.linalg.vector_norm(torch.stack(norms), dim=0) / nudge
+        return Residual(torch.where(nudge == 0, torch.zeros_like(ratio), ratio), nudge)
 
     def _descend(self, at: Configuration, *, exact_ramps: bool) -> Messages:
         """The backward sweep at a configuration."""
@@ -183,14 +196,6 @@ class Nudged:
         return self.free.states[-1] + moved
 
 
-def _norm(layers: list[Tensor]) -> Tensor:
-    """Norm over all layers per sample, shape ``(B,)``."""
-    norms = [torch.linalg.vector_norm(t.flatten(1), dim=1) for t in layers]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
-
-
-def _residual(forces: list[Tensor], nudge: Tensor) -> Residual:
-    """Both per unit of beta, which cancels."""
-    size = _norm([nudge])
-    ratio = _norm(forces) / size
-    return Residual(torch.where(size == 0, torch.zeros_like(ratio), ratio), size)
+def _norm(t: Tensor) -> Tensor:
+    """Norm per sample, shape ``(B,)``."""
+    return torch.linalg.vector_norm(t.flatten(1), dim=1)

@@ -60,6 +60,9 @@ class Problem(Protocol):
     def forces(self, at: Any) -> tuple[list[Tensor], Residual]:
         """Returns ``dF/ds_1 ... dF/ds_L`` and the residual."""
 
+    def residual(self, at: Any) -> Residual:
+        """Returns the residual alone."""
+
     def sweep(self, at: Any | None) -> Any:
         """One backward and one forward sweep, from a configuration or (None) the free states."""
 

@@ -106,7 +106,7 @@ class Sweep(Solver):
 
     def step(self, problem: Problem, iterate: Iterate) -> Iterate:
         at = problem.sweep(iterate.configuration)
-        return Iterate(at, problem.forces(at)[1])
+        return Iterate(at, problem.residual(at))
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ class Anderson(Solver):
         at = iterate.configuration
         if at is None:
             at = problem.sweep(None)
-            return Iterate(at, problem.forces(at)[1], [])
+            return Iterate(at, problem.residual(at), [])
         wanted = problem.backward(at).errors
         past = [*iterate.memory, (_flatten(at.errors), _flatten(wanted))][-self.memory :]
         at = problem.forward(Messages(_unflatten(self._mix(past), wanted), None))
-        return Iterate(at, problem.forces(at)[1], past)
+        return Iterate(at, problem.residual(at), past)
 
     def _mix(self, past: list[tuple[Tensor, Tensor]]) -> Tensor:
         points = torch.stack([e for e, _ in past], 1)
