@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mep.blocks import Buffers
 from mep.contrast import (
     AutoBeta,
     Estimate,
@@ -18,6 +19,7 @@ from mep.contrast import (
     free_phase,
     settings,
 )
+from mep.contrast.phases import check_input
 from mep.energies import Cost, PredictionError, cost_of
 from mep.settling import DIVERGED, GradientDescent, Solver
 from mep.updates import SGD
@@ -101,7 +103,9 @@ class EPOptimizer(torch.optim.Optimizer):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
         options = {
             "energy": energy,
-            "settler": _settler(settler, settle_steps, settle_lr),
+            "settler": settler,
+            "settle_steps": settle_steps,
+            "settle_lr": settle_lr,
             "stencil": stencil,
             "beta": beta,
             "gradient_method": gradient_method,
@@ -116,7 +120,8 @@ class EPOptimizer(torch.optim.Optimizer):
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.last: Estimate | None = None
-        self.how: Settings = settings(cost=cost_of(cost), **chosen)
+        self._buffers = Buffers()
+        self.how: Settings = settings(cost=cost_of(cost), **_with_settler(chosen))
         defaults = {
             "lr": lr,
             "lr_scale": 1.0,
@@ -132,10 +137,13 @@ class EPOptimizer(torch.optim.Optimizer):
         """Adds a group after checking its numbers and that its parameters are the model's.
 
         Raises:
+            TypeError: if the parameters are a set.
             ValueError: if a number is out of range or a parameter is foreign.
         """
         self.rule.check({**self.defaults, **param_group})
         params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("`params` must be a list: a checkpoint needs an order, a set has none")
         params = [params] if isinstance(params, Tensor) else list(params)
         if self.model is not None:
             own = {id(p) for p in self.model.parameters()}
@@ -168,18 +176,24 @@ class EPOptimizer(torch.optim.Optimizer):
             TypeError, ValueError: if the batch does not fit; nothing has changed then.
             RuntimeError: if more than ``max_skipped`` updates in a row had to be skipped.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError("`closure` must be a function; name a batch: step(x=..., target=...)")
         if x is None and target is None:
             return self._step_on_grad(closure)
         if x is None or target is None or closure is not None:
-            raise ValueError("give both `x` and `target`, and no closure with them")
+            raise ValueError(
+                "give both `x` and `target`, and no closure with them (Lightning's wrapper adds "
+                "one: call opt.optimizer.step(x=..., target=...) there)"
+            )
         if self.model is None:
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
         gradients: dict[nn.Parameter, Tensor] = {}
         estimator = self._contrast if self.mode == "ep" else self._backprop
-        loss, usable = estimator(self.model, x, target, gradients)
-        self._count(usable)
-        if usable:
-            self._update(gradients)
+        with self._buffers.lend():
+            loss, usable = estimator(self.model, x, target, gradients)
+            self._count(usable)
+            if usable:
+                self._update(gradients)
         return loss
 
     def _step_on_grad(self, closure: Callable[[], Any] | None) -> Any:
@@ -212,12 +226,21 @@ class EPOptimizer(torch.optim.Optimizer):
     def _backprop(
         self, model: nn.Module, x: Tensor, target: Tensor, gradients: dict[nn.Parameter, Tensor]
     ) -> tuple[Tensor, bool]:
-        with torch.enable_grad():
-            loss = self.how.cost.mean(model(x), target)
+        check_input(model, x)
+        buffers = [(b, b.clone()) for b in model.buffers()]
+        usable = False
+        try:
+            with torch.enable_grad():
+                loss = self.how.cost.mean(model(x), target)
+            usable = bool(torch.isfinite(loss))
+        finally:
+            if not usable:  # neither bad input nor a skipped update moves a running statistic
+                for buffer, before in buffers:
+                    buffer.data.copy_(before)
         owned = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        found = torch.autograd.grad(loss, owned, allow_unused=True)
+        found = torch.autograd.grad(loss, owned, allow_unused=True) if owned else ()
         gradients.update({p: g for p, g in zip(owned, found, strict=True) if g is not None})
-        return loss.detach(), bool(torch.isfinite(loss))
+        return loss.detach(), usable
 
     @torch.no_grad()
     def _update(self, gradients: dict[nn.Parameter, Tensor]) -> None:
@@ -243,11 +266,17 @@ class EPOptimizer(torch.optim.Optimizer):
         return {**super().state_dict(), "ep": counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` returned; one of ``torch.optim.SGD`` lacks only the counts."""
+        """Loads what ``state_dict`` returned; what ``torch.optim.SGD`` does not save stays."""
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.update({name: v for name, v in self.defaults.items() if name not in group})
         counts = state_dict.get("ep", {})
         self.skipped = counts.get("skipped", 0)
         self.skipped_in_a_row = counts.get("skipped_in_a_row", 0)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers = Buffers()
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class keeps three entries only; a scheduler's patched `step` must not travel.
@@ -264,19 +293,19 @@ class EPOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
 
-def _settler(
-    settler: Solver | None, settle_steps: int | None, settle_lr: float | None
-) -> Solver | None:
-    given = {"max_steps": settle_steps, "lr": settle_lr}
-    given = {name: value for name, value in given.items() if value is not None}
+def _with_settler(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Replaces ``settle_steps`` and ``settle_lr`` by the solver that they select."""
+    names = {"settle_steps": "max_steps", "settle_lr": "lr"}
+    given = {names[name]: value for name, value in chosen.items() if name in names}
     if not given:
-        return settler
-    if settler is not None:
+        return chosen
+    if "settler" in chosen:
         raise ValueError(
             "`settle_steps` and `settle_lr` select gradient settling; with `settler=` give "
             "mep.GradientDescent(max_steps=..., lr=...) instead"
         )
-    return GradientDescent(**given)  # type: ignore[arg-type]
+    rest = {name: value for name, value in chosen.items() if name not in names}
+    return {**rest, "settler": GradientDescent(**given)}
 
 
 def param_groups(model: nn.Module, lr: float, *, depth_scale: bool = True) -> list[dict[str, Any]]:

@@ -292,5 +292,5 @@ def flat(tensors):
 
 def distance(ours, truth):
     """Relative distance of two lists of tensors."""
-    a, b = flat(ours).double(), flat(truth).double()
+    a, b = flat(ours).detach().double(), flat(truth).detach().double()
     return float((a - b).norm() / b.norm())

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mep.blocks.buffers import give, take
+
 __all__ = ["Activation", "of_module"]
 
 _kernel = torch.ops.aten
@@ -48,7 +50,10 @@ def _ramp_difference(x: Tensor, d: Tensor) -> Tensor:
 
 def _tanh_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
     """``tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)``."""
-    return torch.addcmul(y.new_ones(()), y, y_new, value=-1).mul_(torch.tanh(d))
+    rise = torch.tanh(d, out=take(d))
+    delta = torch.addcmul(y.new_ones(()), y, y_new, value=-1, out=take(d)).mul_(rise)
+    give(rise)
+    return delta
 
 
 def _with_sum(
@@ -69,28 +74,44 @@ def _sigmoid_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
 
 
 def _relu() -> Activation:
+    def pull(x: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        out = take(g)
+        if out is None:
+            return _kernel.threshold_backward(g, y, 0)
+        return _kernel.threshold_backward.grad_input(g, y, 0, grad_input=out)
+
+    def move(x: Tensor, y: Tensor, d: Tensor, x_new: Tensor) -> tuple[Tensor, Tensor]:
+        # max(d + min(x, 0), -max(x, 0)): exactly d or 0 where the kink is not crossed
+        floor = torch.neg(y, out=take(y))
+        delta = torch.sub(x, y, out=take(d)).add_(d)
+        torch.maximum(delta, floor, out=delta)
+        give(floor)
+        return delta, torch.clamp(x_new, min=0, out=take(x))
+
     return Activation(
         "relu",
-        torch.relu,
-        lambda x, y, g: _kernel.threshold_backward(g, y, 0),
-        lambda x, y, d, x_new: (
-            # max(d + min(x, 0), -max(x, 0)): exactly d or 0 where the kink is not crossed
-            torch.maximum(torch.sub(x, y).add_(d), -y),
-            torch.relu(x_new),
-        ),
+        lambda x: torch.clamp(x, min=0, out=take(x)),
+        pull,
+        move,
         box=(0.0, math.inf),
     )
 
 
 def _tanh() -> Activation:
+    def pull(x: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        out = take(g)
+        if out is None:
+            return _kernel.tanh_backward(g, y)
+        return _kernel.tanh_backward.grad_input(g, y, grad_input=out)
+
     def move(x: Tensor, y: Tensor, d: Tensor, x_new: Tensor) -> tuple[Tensor, Tensor]:
-        y_new = torch.tanh(x_new)
+        y_new = torch.tanh(x_new, out=take(x))
         return _tanh_difference(y, y_new, d), y_new
 
     return Activation(
         "tanh",
-        torch.tanh,
-        lambda x, y, g: _kernel.tanh_backward(g, y),
+        lambda x: torch.tanh(x, out=take(x)),
+        pull,
         move,
     )
 

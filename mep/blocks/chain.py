@@ -168,7 +168,7 @@ def _stateful_sharing(groups: list[list[Piece]]) -> list[str]:
                         f"`{piece.name}` keeps buffers (running statistics) and is used in two "
                         f"blocks, `{home[id(buffer)]}` and `{name}`; give each block its own module"
                     )
-    return reasons
+    return list(dict.fromkeys(reasons))  # one per module, not one per buffer
 
 
 def _block(group: list[Piece], closed: bool) -> Block:

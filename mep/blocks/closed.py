@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.blocks.block import Block
+from mep.blocks.buffers import take
 from mep.blocks.layers import Layer
 from mep.blocks.operations import Memo, Operation, Pointwise
 
@@ -65,22 +66,24 @@ class ClosedBlock(Block):
     def at_rest(self, s: Tensor, delta: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
         assert self.box is not None
         low, high = self.box
-        f = s + delta
-        inside = (f > low) & (f < high)
-        # Clamped in displacements, so that a unit at rest sits on its kink to the last bit.
-        d = torch.minimum(torch.maximum(delta + inner, low - s), high - s)
-        d = torch.where(inside, d, delta)
-        clear = inside & (s + d > low) & (s + d < high)
-        return d, torch.where(clear, inner, d - delta)
+        # Outside the box the slope is 0 and the unit keeps to its prediction; inside, it moves by
+        # its error but not past a kink. Clamped in displacements, so that a unit at rest sits on
+        # its kink to the last bit.
+        e = _box_backward(inner, s + delta, low, high)
+        lowest = torch.minimum(low - s, delta)
+        highest = None if high == torch.inf else torch.maximum(high - s, delta)
+        d = torch.clamp(delta + e, lowest, highest)
+        spare = None if highest is None else highest - delta
+        return d, torch.clamp(e, lowest - delta, spare)
 
     def least_force(self, s: Tensor, e: Tensor, inner: Tensor) -> Tensor:
         assert self.box is not None
-        low, high = self.box
-        zero = torch.zeros_like(inner)
-        one_side = torch.where((s > low) & (s < high), inner, zero)
-        other_side = torch.where((s >= low) & (s <= high), inner, zero)
-        below, above = torch.minimum(one_side, other_side), torch.maximum(one_side, other_side)
-        return e - torch.minimum(torch.maximum(e, below), above)
+        low, high = (torch.tensor(kink, dtype=s.dtype) for kink in self.box)
+        below, above = torch.nextafter(low, low - 1), torch.nextafter(high, high + 1)
+        one_side = _box_backward(inner, s, float(low), float(high))
+        other_side = _box_backward(inner, s, float(below), float(above))
+        least, most = torch.minimum(one_side, other_side), torch.maximum(one_side, other_side)
+        return e - torch.clamp(e, least, most)
 
     def _pull_through(self, point: _Point, g: Tensor, first: int) -> Tensor:
         for k in reversed(range(first, len(self.operations))):
@@ -88,7 +91,8 @@ class ClosedBlock(Block):
         return g
 
     def difference(self, point: _Point, d: Tensor) -> tuple[Tensor, _Point]:
-        values, memos = [point.values[0] + d], []
+        s = point.values[0]
+        values, memos = [torch.add(s, d, out=take(d))], []
         for k, operation in enumerate(self.operations):
             x, y, memo = point.values[k], point.values[k + 1], point.memos[k]
             d, y_new, memo = operation.move(x, y, memo, d, values[-1])
@@ -101,8 +105,13 @@ class ClosedBlock(Block):
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         if self.layer is None:
             return
-        weight, bias = self.layer.module.weight, self.layer.module.bias
+        weight, bias = self.layer.weight, self.layer.bias
         if weight.requires_grad:
             yield weight, self.layer.weight_gradient(point.values[-1], e, scale)
         if bias is not None and bias.requires_grad:
             yield bias, self.layer.bias_gradient(e, scale)
+
+
+def _box_backward(g: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """``g`` where ``low < x < high``, else 0."""
+    return torch.ops.aten.hardtanh_backward(g, x, low, high)

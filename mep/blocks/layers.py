@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mep.blocks.buffers import take
+
 __all__ = ["Conv2d", "Layer", "Linear", "layer_of"]
 
 
@@ -20,6 +22,16 @@ class Layer(ABC):
     """A weighted layer. Shapes: input ``a`` ``(B, *in)``, output and error ``e`` ``(B, *out)``."""
 
     module: nn.Linear | nn.Conv2d
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight as it is now; past nn.Module's slow attribute lookup."""
+        return self.module._parameters["weight"]  # pyright: ignore[reportReturnType]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias as it is now, if there is one."""
+        return self.module._parameters["bias"]
 
     @abstractmethod
     def apply(self, a: Tensor) -> Tensor:
@@ -49,17 +61,30 @@ class Linear(Layer):
         self.module = module
 
     def apply(self, a: Tensor) -> Tensor:
-        return F.linear(a, self.module.weight, self.module.bias)
+        weight, bias = self.weight, self.bias
+        if bias is None:
+            return self.push(a)
+        if a.dim() != 2 or torch.is_grad_enabled():
+            return F.linear(a, weight, bias)
+        out = take(a, torch.Size((len(a), len(weight))))
+        return torch.addmm(bias, a, weight.t(), out=out)
 
     def push(self, d: Tensor) -> Tensor:
-        return F.linear(d, self.module.weight)
+        weight = self.weight
+        if d.dim() != 2 or torch.is_grad_enabled():
+            return F.linear(d, weight)
+        return torch.mm(d, weight.t(), out=take(d, torch.Size((len(d), len(weight)))))
 
     def pull(self, a: Tensor, e: Tensor) -> Tensor:
-        return e @ self.module.weight
+        if e.dim() != 2 or torch.is_grad_enabled():
+            return e @ self.weight
+        return torch.mm(e, self.weight, out=take(e, a.shape))
 
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
-        weight = self.module.weight  # beta=0: its values are not read
-        return torch.addmm(weight, e.flatten(0, -2).t(), a.flatten(0, -2), beta=0, alpha=scale)
+        weight = self.weight  # beta=0: its values are not read
+        out = take(weight)
+        e, a = e.flatten(0, -2), a.flatten(0, -2)
+        return torch.addmm(weight, e.t(), a, beta=0, alpha=scale, out=out)
 
     def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
         return e.flatten(0, -2).sum(0).mul_(scale)
@@ -72,7 +97,7 @@ class Conv2d(Layer):
         self.module = module
 
     def apply(self, a: Tensor) -> Tensor:
-        return self._convolve(a, self.module.bias)
+        return self._convolve(a, self.bias)
 
     def push(self, d: Tensor) -> Tensor:
         return self._convolve(d, None)
@@ -88,12 +113,12 @@ class Conv2d(Layer):
 
     def _convolve(self, a: Tensor, bias: Tensor | None) -> Tensor:
         m = self.module
-        return F.conv2d(a, m.weight, bias, m.stride, m.padding, m.dilation, m.groups)
+        return F.conv2d(a, self.weight, bias, m.stride, m.padding, m.dilation, m.groups)
 
     def _backward(self, a: Tensor, e: Tensor, wanted: tuple[bool, bool, bool]) -> list[Tensor]:
         m = self.module
         return torch.ops.aten.convolution_backward(
-            e, a, m.weight, None, m.stride, m.padding, m.dilation, False, (0, 0), m.groups, wanted
+            e, a, self.weight, None, m.stride, m.padding, m.dilation, False, (0, 0), m.groups, wanted
         )
 
 

@@ -98,7 +98,10 @@ class _Tracer(fx.Tracer):
 def _record(model: nn.Module) -> tuple[fx.Graph | None, str]:
     """Returns the graph of a module's forward, or None and what to do about it."""
     try:
-        return _Tracer().trace(model), ""
+        graph = _Tracer().trace(model)
+        # A value that is never used (`out, _ = attend(...)`) must not keep a cut from closing.
+        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        return graph, ""
     except Exception as error:  # the user's forward runs on proxies: anything may be raised
         return None, (
             f"forward cannot be recorded ({error}); write it as an nn.Sequential, or move what "

@@ -44,7 +44,7 @@ def free_phase(model: nn.Module, x: Tensor, target: Tensor, how: Settings) -> Fr
     return FreePhase(chain, x, target, how.cost)
 
 
-def check_input(chain: Chain, x: Tensor) -> None:
+def check_input(model: Chain | nn.Module, x: Tensor) -> None:
     """Refuses an input that no block could take, naming the remedy.
 
     Raises:
@@ -55,7 +55,7 @@ def check_input(chain: Chain, x: Tensor) -> None:
         raise TypeError(f"`x` must be a Tensor, got {type(x).__name__}")
     if x.dim() < 1 or x.numel() == 0:
         raise ValueError(f"`x` is empty (shape {tuple(x.shape)}); pass at least one sample")
-    parameter = next(chain.parameters())
+    parameter = next(model.parameters())
     if parameter.dtype == torch.float16:
         raise TypeError("float16 models are not supported: nudges underflow; use bfloat16")
     if x.device != parameter.device:
@@ -63,7 +63,7 @@ def check_input(chain: Chain, x: Tensor) -> None:
             f"`x` is on {x.device} and the model on {parameter.device}; move one of them"
         )
     if not x.is_floating_point():
-        _check_indices(chain, x)
+        _check_indices(model, x)
     elif x.dtype != parameter.dtype:
         raise TypeError(
             f"`x` has dtype {x.dtype} and the model {parameter.dtype}; pass x.to({parameter.dtype})"
@@ -72,9 +72,10 @@ def check_input(chain: Chain, x: Tensor) -> None:
         raise ValueError("`x` holds NaN or infinite values; clean the data first")
 
 
-def _check_indices(chain: Chain, x: Tensor) -> None:
-    first = nn.ModuleList(chain.blocks[0].modules)
+def _check_indices(model: Chain | nn.Module, x: Tensor) -> None:
+    first = nn.ModuleList(model.blocks[0].modules if isinstance(model, Chain) else [model])
     if not any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in first.modules()):
         raise TypeError(
-            f"`x` has dtype {x.dtype}, but the model does not begin with an embedding; pass x.float()"
+            f"`x` has dtype {x.dtype}, but the model does not begin with an embedding; pass "
+            "x.float()"
         )

@@ -97,6 +97,13 @@ class SquaredError(Cost):
 
     def prepare(self, target: Tensor, output: Tensor) -> Tensor:
         _same_device(target, output)
+        if output.dim() < 2:
+            raise ValueError(f"cost 'mse' needs outputs (B, units, ...), got {tuple(output.shape)}")
+        if target.is_complex() or target.dtype == torch.bool:
+            raise TypeError(
+                "`target` must hold real values or integer labels for cost 'mse', got "
+                f"{target.dtype}; pass target.to({output.dtype})"
+            )
         if not target.is_floating_point() and target.shape == output.shape[:1] + output.shape[2:]:
             _check_classes(target, output.shape[1])
             one_hot = F.one_hot(target.long(), output.shape[1]).movedim(-1, 1)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mep.blocks import give, take
 from mep.energies.free import FreePhase
 from mep.energies.outputs import OutputEnergy, Squared
 from mep.settling import Messages, Residual
@@ -125,11 +126,14 @@ class Nudged:
 
     def forces(self, at: Configuration) -> tuple[list[Tensor], Residual]:
         forces = list(self._forces(at))
-        return forces, self._residual(at, [_norm(f) for f in forces])
+        return forces, self._residual(at, [_norm(force) for force in forces])
 
     def residual(self, at: Configuration) -> Residual:
-        # One force at a time: a deep chain's forces would not stay in the cache.
-        return self._residual(at, [_norm(f) for f in self._forces(at)])
+        norms = []
+        for force in self._forces(at):
+            norms.append(_norm(force))
+            give(force)  # one at a time: a deep chain's forces would not stay in the cache
+        return self._residual(at, norms)
 
     def _forces(self, at: Configuration) -> Iterator[Tensor]:
         signals = at.local_errors()
@@ -139,7 +143,11 @@ class Nudged:
             inner = block.inner(at.points[i], product) if at.at_kinks else None
             e = at.errors[i - 1]
             if inner is None:
-                yield e - block.pull(at.points[i], product)
+                pulled = block.pull(at.points[i], product)
+                force = torch.sub(e, pulled, out=take(e))
+                if pulled is not product:
+                    give(pulled)
+                yield force
             else:
                 s = self.free.states[i - 1] + at.displacements[i - 1]
                 yield block.least_force(s, e, inner)

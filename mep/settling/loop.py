@@ -122,7 +122,10 @@ def settle(problem: Problem, solver: Solver) -> Settled:
     """
     iterate = solver.start(problem)
     history, steps = [iterate.residual.per_sample.median()], 0
-    while steps < solver.max_steps and not _may_stop(solver, history):
+    # A solver without a configuration yet takes a step even where most samples are not nudged.
+    while steps < solver.max_steps and (
+        iterate.configuration is None or not _may_stop(solver, history)
+    ):
         iterate = solver.step(problem, iterate)
         history.append(iterate.residual.per_sample.median())
         steps += 1

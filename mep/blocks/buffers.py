@@ -1,0 +1,74 @@
+"""Memory that is used again: a step asks for the same tensors as the step before.
+
+Fresh memory costs more than the arithmetic on it: the allocator returns a step's tensors to the
+system, which hands out empty pages at the next one. Inside ``Buffers.lend()`` the closed forms
+write into tensors kept from earlier steps; outside, ``take`` returns None and torch allocates.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Buffers", "give", "take"]
+
+
+class Buffers:
+    """Tensors lent out during a step and taken back at its end."""
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple, list[Tensor]] = defaultdict(list)
+        self._lent: dict[int, tuple[tuple, Tensor]] = {}
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """Lends buffers while the context lasts. Nothing computed in it may be kept."""
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+            for key, tensor in reversed(self._lent.values()):
+                self._idle[key].append(tensor)
+            self._lent.clear()
+
+    def _take(self, like: Tensor, shape: torch.Size) -> Tensor:
+        key = (shape, like.dtype, like.device)
+        idle = self._idle[key]
+        tensor = idle.pop() if idle else torch.empty(shape, dtype=like.dtype, device=like.device)
+        self._lent[id(tensor)] = (key, tensor)
+        return tensor
+
+    def _give(self, tensor: Tensor) -> None:
+        entry = self._lent.pop(id(tensor), None)
+        if entry is not None:
+            self._idle[entry[0]].append(tensor)
+
+
+_active: ContextVar[Buffers | None] = ContextVar("active buffers", default=None)
+
+
+def take(like: Tensor, shape: torch.Size | None = None) -> Tensor | None:
+    """Returns a tensor to write into (torch's ``out=``), or None outside ``Buffers.lend()``.
+
+    Args:
+        like: gives dtype and device, and the shape unless that is given.
+        shape: of the result.
+
+    >>> take(torch.zeros(2)) is None
+    True
+    """
+    buffers = _active.get()
+    return None if buffers is None else buffers._take(like, like.shape if shape is None else shape)
+
+
+def give(tensor: Tensor) -> None:
+    """Returns a tensor before the step ends: nobody reads it any more."""
+    buffers = _active.get()
+    if buffers is not None:
+        buffers._give(tensor)
