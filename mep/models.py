@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import nn
@@ -13,14 +13,18 @@ __all__ = ["cnn", "deep_mlp", "mlp"]
 
 
 def mlp(
-    in_features: int = 784, hidden: Sequence[int] = (512, 512), out_features: int = 10
+    in_features: int = 784,
+    hidden: Sequence[int] = (512, 512),
+    out_features: int = 10,
+    activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
-    """Returns a multilayer perceptron with ReLU, torch's default start.
+    """Returns a multilayer perceptron with torch's default start.
 
     Args:
         in_features: size of the flattened input.
         hidden: width of every hidden layer.
         out_features: number of outputs.
+        activation: makes the module between two layers.
 
     Returns:
         Maps ``(B, *in)`` with ``prod(in) = in_features`` to ``(B, out_features)``.
@@ -38,7 +42,7 @@ def mlp(
     _positive(sizes)
     layers: list[nn.Module] = [nn.Flatten()]
     for k, (n_in, n_out) in enumerate(pairwise(sizes)):
-        layers += [nn.ReLU()] * (k > 0) + [nn.Linear(n_in, n_out)]
+        layers += [activation()] * (k > 0) + [nn.Linear(n_in, n_out)]
     return nn.Sequential(*layers)
 
 

@@ -269,7 +269,7 @@ class EPOptimizer(torch.optim.Optimizer):
         """Loads what ``state_dict`` returned; what ``torch.optim.SGD`` does not save stays."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            group.update({name: v for name, v in self.defaults.items() if name not in group})
+            group.setdefault("lr_scale", self.defaults["lr_scale"])
         counts = state_dict.get("ep", {})
         self.skipped = counts.get("skipped", 0)
         self.skipped_in_a_row = counts.get("skipped_in_a_row", 0)

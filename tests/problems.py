@@ -120,9 +120,7 @@ MODELS = {
         normal(1, 4, 4),
     ),
     "embedding": (
-        lambda: nn.Sequential(
-            nn.Embedding(11, 5), nn.Flatten(), nn.Tanh(), nn.Linear(15, CLASSES)
-        ),
+        lambda: nn.Sequential(nn.Embedding(11, 5), nn.Flatten(), nn.Tanh(), nn.Linear(15, CLASSES)),
         lambda: torch.randint(0, 11, (FAST, 3)),
     ),
     "functional": (FunctionalNet, normal(1, 4, 4)),

@@ -168,7 +168,7 @@ def test_kl_error_of_a_tiny_move_keeps_its_digits():
     assert distance([kl.error(tiny, f.float())], [truth]) < SINGLE
 
 
-# With the squared error only beta > 0: the divergence cannot hold back a common shift of all logits,
+# With the squared error only beta > 0: the divergence cannot hold back a common shift of logits,
 # which a negative nudge would drive without end. Below T = 1 cross-entropy falls more slowly than
 # the divergence saturates: only a weak nudge has an equilibrium at all.
 EQUATIONS = [
@@ -293,9 +293,7 @@ def test_forces_do_not_know_the_batch(name):
 def test_forces_vanish_at_the_free_equilibrium(energy):
     at = problem("mlp")
     states = mep.free_states(at.model, at.x)
-    forces = mep.state_gradients(
-        at.model, at.x, states, at.y, beta=0.0, energy=ENERGIES[energy]
-    )
+    forces = mep.state_gradients(at.model, at.x, states, at.y, beta=0.0, energy=ENERGIES[energy])
     assert not flat(forces).any()
 
 

@@ -57,6 +57,7 @@ def test_saved_run_continues_bitwise(tmp_path, make):
     assert not identical(weights(other), weights(model))
     advance(other_opt, other_schedule)
     assert identical(weights(other), weights(model))
+    assert other_opt.state_dict()["param_groups"] == opt.state_dict()["param_groups"]
 
 
 def test_state_of_torchs_sgd_can_be_taken_over():

@@ -25,10 +25,26 @@ if TYPE_CHECKING:
 
 __all__ = ["SpeedConfig", "plot", "run", "table"]
 
-EP, BACKPROP = "EP", "backprop"
+EP, BACKPROP, FUSED = "EP", "backprop", "backprop, fused SGD"
+ARMS = (BACKPROP, FUSED, EP, LIMIT)
 
 # At rate 0 an update does all its arithmetic, and every round times the same network.
 _LR, _MOMENTUM = 0.0, 0.9
+
+
+def _tanh_net(depth: int, width: int) -> nn.Module:
+    return mep.init.orthogonal_(mep.models.mlp(784, [width] * (depth - 1), 10, nn.Tanh))
+
+
+def _relu_net(depth: int, width: int) -> nn.Module:
+    model = mep.models.deep_mlp(depth, width)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-4 * torch.randn_like(parameter)
+    return model
+
+
+_NETS = {"tanh": _tanh_net, "relu": _relu_net}
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,9 @@ class SpeedConfig:
 
     Args:
         depths: numbers of weighted layers, each >= 2.
+        activation: ``"tanh"`` with an orthogonal start, or ``"relu"`` with the identity start,
+            shaken a little: as after a first update, dead units sit close to their kinks, and
+            settling takes a second sweep.
         width: units per hidden layer, >= 1.
         batch: samples per update, >= 1.
         rounds: timed rounds per depth, >= 1.
@@ -51,6 +70,7 @@ class SpeedConfig:
     """
 
     depths: tuple[int, ...] = (3, 10, 100)
+    activation: str = "tanh"
     width: int = 128
     batch: int = 128
     rounds: int = 30
@@ -67,6 +87,10 @@ class SpeedConfig:
                 raise ValueError(f"`{name}` must be >= {low}, got {getattr(self, name)}.")
         if not self.depths or min(self.depths) < 2:
             raise ValueError(f"`depths` must be one or more numbers >= 2, got {self.depths}.")
+        if self.activation not in _NETS:
+            raise ValueError(
+                f"`activation` must be one of {sorted(_NETS)}, got {self.activation!r}."
+            )
         if not self.c > 0:
             raise ValueError(f"`c` must be > 0, got {self.c}.")
 
@@ -74,8 +98,8 @@ class SpeedConfig:
 def run(config: SpeedConfig, command: str) -> Record:
     """Time one update of every arm at every depth.
 
-    The arms are plain ``loss.backward()`` with `torch.optim.SGD`, EP at a finite nudge, and the
-    limit under its own name, each with its own copy of one network. Data are random and the
+    The arms are plain ``loss.backward()`` with `torch.optim.SGD` as it comes and with its fused
+    kernel (which EP's own rule uses), EP at a finite nudge, and the limit under its own name, each with its own copy of one network. Data are random and the
     learning rate is 0, so that the network stays what it is.
 
     Args:
@@ -90,7 +114,7 @@ def run(config: SpeedConfig, command: str) -> Record:
     for depth in config.depths:
         timed, regime = _one_depth(config, depth)
         rows += [{"depth": depth, **row} for row in timed]
-        summary += [_summary(depth, arm, timed, regime) for arm in (BACKPROP, EP, LIMIT)]
+        summary += [_summary(depth, arm, timed, regime) for arm in ARMS]
     return Record(command, asdict(config), rows, {"arms": summary})
 
 
@@ -98,13 +122,14 @@ def _one_depth(config: SpeedConfig, depth: int) -> tuple[list[dict[str, Any]], d
     device = torch.device(config.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = mep.models.deep_mlp(depth, width=config.width).to(device)
+        model = _NETS[config.activation](depth, config.width).to(device)
         x = torch.randn(config.batch, 1, 28, 28).to(device)
         y = torch.randint(10, (config.batch,)).to(device)
     sweep, nudge = mep.Sweep(max_sweeps=config.sweeps), mep.AutoBeta(c=config.c)
     regime = measure(mep.diagnose(copy.deepcopy(model), x, y, settler=sweep, beta=nudge))
     arms = {
-        BACKPROP: _backprop(copy.deepcopy(model), x, y),
+        BACKPROP: _backprop(copy.deepcopy(model), x, y, fused=False),
+        FUSED: _backprop(copy.deepcopy(model), x, y, fused=True),
         EP: _ep(copy.deepcopy(model), x, y, settler=sweep, beta=nudge),
         LIMIT: _ep(copy.deepcopy(model), x, y, settler=mep.Limit(), beta=nudge),
     }
@@ -112,8 +137,8 @@ def _one_depth(config: SpeedConfig, depth: int) -> tuple[list[dict[str, Any]], d
     return rows, regime
 
 
-def _backprop(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=_LR, momentum=_MOMENTUM)
+def _backprop(model: nn.Module, x: Tensor, y: Tensor, *, fused: bool) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=_LR, momentum=_MOMENTUM, fused=fused or None)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -166,7 +191,7 @@ def table(record: Record) -> Table:
     """One line per depth and arm."""
     config = record.config
     return Table(
-        f"time per update, width {config['width']}, batch {config['batch']}, "
+        f"time per update, {config['activation']}, width {config['width']}, batch {config['batch']}, "
         f"{config['rounds']} interleaved rounds, {record.environment['threads']} threads",
         ["arm", "depth", "ms", "x backprop", "residual", "c"],
         [_line(entry) for entry in record.summary["arms"]],
@@ -197,7 +222,7 @@ def plot(record: Record) -> Figure:
     """Time per update and its ratio to backprop against depth, with quartiles."""
     figure, axes = canvas(2, table(record).title)
     panels = [("ms", "time per update / ms"), ("ratio", "time relative to backprop")]
-    for index, arm in enumerate((EP, BACKPROP, LIMIT)):
+    for index, arm in enumerate((EP, BACKPROP, LIMIT, FUSED)):
         entries = [entry for entry in record.summary["arms"] if entry["arm"] == arm]
         depths = [entry["depth"] for entry in entries]
         for ax, (key, _) in zip(axes, panels, strict=True):

@@ -118,7 +118,17 @@ class Conv2d(Layer):
     def _backward(self, a: Tensor, e: Tensor, wanted: tuple[bool, bool, bool]) -> list[Tensor]:
         m = self.module
         return torch.ops.aten.convolution_backward(
-            e, a, self.weight, None, m.stride, m.padding, m.dilation, False, (0, 0), m.groups, wanted
+            e,
+            a,
+            self.weight,
+            None,
+            m.stride,
+            m.padding,
+            m.dilation,
+            False,
+            (0, 0),
+            m.groups,
+            wanted,
         )
 
 

@@ -24,6 +24,9 @@ def bench() -> None:
 def speed(
     context: typer.Context,
     depths: Annotated[str, typer.Option(help="Numbers of weighted layers.")] = "3,10,100",
+    activation: Annotated[
+        str, typer.Option(metavar="tanh|relu", help="Orthogonal tanh or identity ReLU net.")
+    ] = "tanh",
     width: Annotated[int, typer.Option(help="Units per hidden layer.")] = 128,
     batch: options.Batch = 128,
     rounds: Annotated[int, typer.Option(help="Timed rounds per depth.")] = 30,
@@ -38,8 +41,8 @@ def speed(
     with choices.usage():
         choices.prepare(out, device)
         config = speed_benchmark.SpeedConfig(
-            choices.integers("--depths", depths), width, batch, rounds, warmup, sweeps, c, device,
-            seed,
+            choices.integers("--depths", depths), activation, width, batch, rounds, warmup, sweeps, c,
+            device, seed,
         )  # fmt: skip
     with choices.running():
         record = speed_benchmark.run(config, choices.command_line(context))
