@@ -170,7 +170,7 @@ def _settle(free: FreePhase, how: Settings, beta: float) -> Settled:
 
 
 def _backprop(chain: Chain, x: Tensor, target: Tensor, how: Settings) -> dict[nn.Parameter, Tensor]:
-    """torch's gradient through the chain's own forward pass."""
+    """The gradient by autograd through the chain's own forward pass."""
     wanted = [p for p in chain.parameters() if p.requires_grad]
     with torch.enable_grad():
         s = x

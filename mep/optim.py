@@ -60,7 +60,8 @@ class EPOptimizer(torch.optim.Optimizer):
 
     Attributes:
         last: the ``Estimate`` of the last EP step, None before the first.
-        skipped: updates skipped so far because settling diverged or the loss was not finite.
+        skipped: updates skipped so far because settling diverged or loss or gradients were not
+            finite.
 
     Raises:
         TypeError, ValueError: if an option or a parameter does not fit.
@@ -97,8 +98,8 @@ class EPOptimizer(torch.optim.Optimizer):
     ) -> None:
         if mode not in ("ep", "backprop"):
             raise ValueError(f"`mode` must be 'ep' or 'backprop', got {mode!r}")
-        if max_skipped < 0:
-            raise ValueError(f"`max_skipped` must be >= 0, got {max_skipped}")
+        if not isinstance(max_skipped, int) or max_skipped < 0:
+            raise ValueError(f"`max_skipped` must be a whole number >= 0, got {max_skipped!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
         options = {
@@ -191,9 +192,7 @@ class EPOptimizer(torch.optim.Optimizer):
         estimator = self._contrast if self.mode == "ep" else self._backprop
         with self._buffers.lend():
             loss, usable = estimator(self.model, x, target, gradients)
-            self._count(usable)
-            if usable:
-                self._update(gradients)
+            self._update(gradients, usable)
         return loss
 
     def _step_on_grad(self, closure: Callable[[], Any] | None) -> Any:
@@ -201,14 +200,8 @@ class EPOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(
-            {
-                p: p.grad
-                for group in self.param_groups
-                for p in group["params"]
-                if p.grad is not None
-            }
-        )
+        every = (p for group in self.param_groups for p in group["params"])
+        self._update({p: p.grad for p in every if p.grad is not None})
         return loss
 
     @torch.no_grad()
@@ -243,7 +236,12 @@ class EPOptimizer(torch.optim.Optimizer):
         return loss.detach(), usable
 
     @torch.no_grad()
-    def _update(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+    def _update(self, gradients: dict[nn.Parameter, Tensor], usable: bool = True) -> None:
+        # Sums over a batch may overflow where every residual was finite.
+        usable = usable and _all_finite(gradients.values())
+        self._count(usable)
+        if not usable:
+            return
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p in gradients]
             if chosen:
@@ -256,8 +254,8 @@ class EPOptimizer(torch.optim.Optimizer):
         if self.skipped_in_a_row > self.max_skipped:
             raise RuntimeError(
                 f"{self.skipped_in_a_row} updates in a row were skipped because settling diverged "
-                "or the loss was not finite; parameters are as after the last good step. Lower "
-                "`lr` or `beta`, or use an isometric start from mep.init"
+                "or loss or gradients were not finite; parameters are as after the last good step. "
+                "Lower `lr` or `beta`, or use an isometric start from mep.init"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,6 +289,11 @@ class EPOptimizer(torch.optim.Optimizer):
             "skipped_in_a_row",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+
+def _all_finite(gradients: Iterable[Tensor]) -> bool:
+    largest = torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)
+    return bool(torch.isfinite(largest))
 
 
 def _with_settler(chosen: dict[str, Any]) -> dict[str, Any]:

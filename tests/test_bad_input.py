@@ -261,9 +261,21 @@ OWN = {
     "decay < 0": ({"weight_decay": -1.0}, ValueError, "`weight_decay" + NUMBER + "-1.0"),
     "nesterov": ({"nesterov": True}, ValueError, "`nesterov=True` needs `momentum` > 0"),
     "mode": ({"mode": "bp"}, ValueError, "`mode` must be 'ep' or 'backprop', got 'bp'"),
-    "max_skipped": ({"max_skipped": -1}, ValueError, "`max_skipped` must be >= 0, got -1"),
-    "settle_steps": ({"settle_steps": 0}, ValueError, r"max_steps=...\)` is out of range: 0"),
-    "settle_lr": ({"settle_lr": -1.0}, ValueError, r"\(lr=...\)` is out of range: -1.0"),
+    "max_skipped": (
+        {"max_skipped": -1},
+        ValueError,
+        "`max_skipped` must be a whole number >= 0, got -1",
+    ),
+    "settle_steps": (
+        {"settle_steps": 0},
+        ValueError,
+        r"max_steps=...\)` must be a whole number >= 1, got 0",
+    ),
+    "settle_lr": (
+        {"settle_lr": -1.0},
+        ValueError,
+        r"\(lr=...\)` must be a finite number > 0, got -1.0",
+    ),
 }
 STRENGTH = "`beta` must be a finite number > 0, got "
 # Options that mep.estimate takes as well.
@@ -311,15 +323,30 @@ STRATEGIES = {
     "c 0": (lambda: mep.AutoBeta(0.0), r"`AutoBeta\(c=...\)` must be a finite number > 0, got 0.0"),
     "c < 0": (lambda: mep.AutoBeta(-1.0), r"AutoBeta\(c=.*> 0, got -1.0"),
     "c nan": (lambda: mep.AutoBeta(math.nan), r"AutoBeta\(c=.*> 0, got nan"),
-    "max_sweeps 0": (lambda: mep.Sweep(max_sweeps=0), r"`Sweep\(max_sweeps=.*out of range: 0"),
-    "sweep tol 0": (lambda: mep.Sweep(tol=0.0), r"`Sweep\(tol=...\)` is out of range: 0.0"),
-    "sweep tol < 0": (lambda: mep.Sweep(tol=-1.0), r"`Sweep\(tol=...\)` is out of range: -1.0"),
-    "steps": (lambda: mep.GradientDescent(max_steps=0), r"`GradientDescent\(max_steps=.*range: 0"),
-    "gd lr": (lambda: mep.GradientDescent(lr=0.0), r"`GradientDescent\(lr=.*range: 0.0"),
-    "gd tol": (lambda: mep.GradientDescent(tol=0.0), r"`GradientDescent\(tol=.*range: 0.0"),
-    "gd momentum": (lambda: mep.GradientDescent(momentum=1.0), r"`Gra.*\(momentum=.*range: 1.0"),
-    "memory": (lambda: mep.Anderson(memory=0), r"`Anderson\(memory=.*range: 0"),
-    "damping": (lambda: mep.Anderson(damping=0.0), r"`Anderson\(damping=.*range: 0.0"),
+    "max_sweeps 0": (lambda: mep.Sweep(max_sweeps=0), r"`Sweep\(max_sweeps=.*>= 1, got 0"),
+    "sweep tol 0": (
+        lambda: mep.Sweep(tol=0.0),
+        r"`Sweep\(tol=...\)` must be a number > 0, or None, got 0.0",
+    ),
+    "sweep tol < 0": (
+        lambda: mep.Sweep(tol=-1.0),
+        r"`Sweep\(tol=...\)` must be a number > 0, or None, got -1.0",
+    ),
+    "steps": (
+        lambda: mep.GradientDescent(max_steps=0),
+        r"`GradientDescent\(max_steps=.*>= 1, got 0",
+    ),
+    "gd lr": (lambda: mep.GradientDescent(lr=0.0), r"`GradientDescent\(lr=.*> 0, got 0.0"),
+    "gd tol": (
+        lambda: mep.GradientDescent(tol=0.0),
+        r"`GradientDescent\(tol=.*> 0, or None, got 0.0",
+    ),
+    "gd momentum": (
+        lambda: mep.GradientDescent(momentum=1.0),
+        r"`Gra.*\(momentum=.*in .0, 1., got 1.0",
+    ),
+    "memory": (lambda: mep.Anderson(memory=0), r"`Anderson\(memory=.*>= 1, got 0"),
+    "damping": (lambda: mep.Anderson(damping=0.0), r"`Anderson\(damping=.*in .0, 1., got 0.0"),
     "temperature": (lambda: mep.KL(temperature=0.0), r"`KL\(temperature=...\)` must be > 0, got 0"),
 }
 

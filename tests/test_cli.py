@@ -260,7 +260,7 @@ def test_bench_speed(tmp_path):
     assert record.command == (
         "mep bench speed --depths 2,3 --width 8 --batch 4 --rounds 2 --warmup 0 --sweeps 2 --c 0.2"
     )
-    assert len(record.rows) == 2 * 2 * 3 and "limit (= backprop)" in output
+    assert len(record.rows) == 2 * 2 * 4 and "limit (= backprop)" in output
     ours = next(entry for entry in record.summary["arms"] if entry["arm"] == "EP")
     assert ours["c"] == pytest.approx(0.2)
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)

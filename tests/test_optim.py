@@ -177,9 +177,6 @@ class TwoBiases(nn.Module):
         return self.layer(x) + (self.a + self.b)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="parameters of a local-autograd block may share one tensor as their .grad"
-)
 def test_every_parameter_has_a_grad_of_its_own():
     model, batch = TwoBiases().double(), batch_of()
     for _ in range(2):
@@ -290,11 +287,6 @@ def test_param_groups_of_short_chains_are_one_group(depth):
     assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="torch 2.13's fused CPU kernel, which mep.updates.SGD asks for, leaves bfloat16 "
-    "parameters of 16 elements and more as they were",
-)
 def test_bfloat16_trains():
     model, (x, y) = network(torch.bfloat16), batch_of(40, torch.float32)
     opt = mep.EPOptimizer(model.parameters(), model=model, lr=0.1, momentum=0.9)

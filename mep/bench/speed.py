@@ -99,7 +99,8 @@ def run(config: SpeedConfig, command: str) -> Record:
     """Time one update of every arm at every depth.
 
     The arms are plain ``loss.backward()`` with `torch.optim.SGD` as it comes and with its fused
-    kernel (which EP's own rule uses), EP at a finite nudge, and the limit under its own name, each with its own copy of one network. Data are random and the
+    kernel (which EP's own rule uses), EP at a finite nudge, and the limit under its own name, each
+    with its own copy of one network. Data are random and the
     learning rate is 0, so that the network stays what it is.
 
     Args:
@@ -191,7 +192,8 @@ def table(record: Record) -> Table:
     """One line per depth and arm."""
     config = record.config
     return Table(
-        f"time per update, {config['activation']}, width {config['width']}, batch {config['batch']}, "
+        f"time per update, {config['activation']}, width {config['width']}, "
+        f"batch {config['batch']}, "
         f"{config['rounds']} interleaved rounds, {record.environment['threads']} threads",
         ["arm", "depth", "ms", "x backprop", "residual", "c"],
         [_line(entry) for entry in record.summary["arms"]],

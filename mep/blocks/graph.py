@@ -20,7 +20,7 @@ __all__ = ["Run", "as_module", "faults", "runs_of"]
 
 @dataclass(frozen=True)
 class Run:
-    """The nodes between two cuts: ``source`` is the tensor that flows in, the last one flows out."""
+    """The nodes between two cuts: ``source`` flows in, the last of ``nodes`` flows out."""
 
     source: fx.Node
     nodes: list[fx.Node]

@@ -89,7 +89,8 @@ class LocalBlock(Block):
             found = torch.autograd.grad(out, wanted, e * scale, allow_unused=True)
         for parameter, gradient in zip(wanted, found, strict=True):
             if gradient is not None:
-                yield parameter, gradient
+                # autograd may hand out one tensor twice (for x + (a + b)): everyone gets his own
+                yield parameter, gradient.clone(memory_format=torch.contiguous_format)
 
     def commit(self, point: _Point) -> None:
         own = dict(self._body.named_buffers())

@@ -41,8 +41,8 @@ def speed(
     with choices.usage():
         choices.prepare(out, device)
         config = speed_benchmark.SpeedConfig(
-            choices.integers("--depths", depths), activation, width, batch, rounds, warmup, sweeps, c,
-            device, seed,
+            choices.integers("--depths", depths), activation, width, batch, rounds, warmup, sweeps,
+            c, device, seed,
         )  # fmt: skip
     with choices.running():
         record = speed_benchmark.run(config, choices.command_line(context))

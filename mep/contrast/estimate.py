@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ def estimate(
         stencil: ``mep.one_sided``, ``mep.centered`` or ``mep.five_point``.
         energy: ``mep.PredictionError(output=...)``.
         gradient_method: ``"analytic"`` (closed forms) or ``"autograd"`` (the reference).
-        weight: factor on what is added, ``n_i / N`` for unequal micro-batches.
+        weight: factor on what is added, ``n_i / N`` for unequal micro-batches. They add up to the
+            full batch exactly at a fixed ``beta``; an automatic one is chosen batch by batch.
 
     Returns:
         Loss, residuals and status. If a phase diverged, no ``.grad`` has been touched.
@@ -101,6 +103,8 @@ def estimate(
 
     Source: Scellier & Bengio 2017, eq. 10; Laborieux et al. 2021, eq. 8 (centered).
     """
+    if not math.isfinite(weight):
+        raise ValueError(f"`weight` must be a finite number, got {weight}")
     how = settings(
         cost=cost, beta=beta, settler=settler, stencil=stencil, energy=energy,
         gradient_method=gradient_method,
@@ -170,7 +174,7 @@ def _divergence(found: Estimate, how: Settings) -> str:
         "the chain does not settle even under a relative nudge: lower `c`, or start from an "
         "isometric initialiser (mep.init.orthogonal_, mep.init.identity_)"
         if isinstance(how.beta, AutoBeta)
-        else f"beta={how.beta} is too strong for this chain: use beta='auto' and settler=mep.Sweep()"
+        else f"beta={how.beta} is too strong here: use beta='auto' and settler=mep.Sweep()"
     )
     return (
         f"settling diverged (median residual {found.median:.2g}); no gradient was written. {remedy}"

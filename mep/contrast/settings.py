@@ -42,6 +42,7 @@ def settings(
         raise TypeError(f"`settler` must be a mep solver such as mep.Sweep(), got {settler!r}")
     if not callable(stencil):
         raise TypeError(f"`stencil` must be a function such as mep.one_sided, got {stencil!r}")
+    _check_stencil(stencil)
     if energy is not None and not isinstance(energy, PredictionError):
         raise TypeError(
             f"`energy` must be a mep energy such as mep.PredictionError(), got {energy!r}"
@@ -58,3 +59,14 @@ def settings(
         energy or PredictionError(),
         gradient_method,
     )
+
+
+def _check_stencil(stencil: Stencil) -> None:
+    """A stencil that is no first derivative would estimate something else than the gradient."""
+    nodes = stencil(1.0)
+    moments = [sum(w * b**k for b, w in nodes) for k in (0, 1)]
+    if max(abs(moments[0]), abs(moments[1] - 1)) > 1e-9:
+        raise ValueError(
+            f"`stencil` must return nodes (beta_k, w_k) with sum w = 0 and sum w beta = 1; these "
+            f"sum to {moments[0]:g} and {moments[1]:g}"
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ __all__ = ["Cost", "CrossEntropy", "SquaredError", "cost_of"]
 class Cost(ABC):
     """A cost per sample, ``C(s, y)``, and its exact gradient in the output."""
 
-    name: str
+    name: ClassVar[str]
 
     @abstractmethod
     def prepare(self, target: Tensor, output: Tensor) -> Tensor:
@@ -38,6 +40,7 @@ class Cost(ABC):
         return self.value(s, self.prepare(target, s)).mean()
 
 
+@dataclass(frozen=True)
 class CrossEntropy(Cost):
     """``C = -log softmax(s)_y``, averaged over positions for ``(B, C, ...)`` outputs.
 
@@ -49,7 +52,7 @@ class CrossEntropy(Cost):
     Source: the same function as ``torch.nn.functional.cross_entropy``.
     """
 
-    name = "cross_entropy"
+    name: ClassVar[str] = "cross_entropy"
 
     def prepare(self, target: Tensor, output: Tensor) -> Tensor:
         _same_device(target, output)
@@ -84,6 +87,7 @@ class CrossEntropy(Cost):
         return p if s.dim() == 2 else p / y[0].numel()
 
 
+@dataclass(frozen=True)
 class SquaredError(Cost):
     """``C = 1/2 ||s - t||^2`` summed over units; integer labels are one-hot encoded.
 
@@ -93,7 +97,7 @@ class SquaredError(Cost):
     Source: Scellier & Bengio 2017, eq. 8.
     """
 
-    name = "mse"
+    name: ClassVar[str] = "mse"
 
     def prepare(self, target: Tensor, output: Tensor) -> Tensor:
         _same_device(target, output)
@@ -157,6 +161,6 @@ def cost_of(cost: str | Cost) -> Cost:
     """
     if isinstance(cost, Cost):
         return cost
-    if cost not in _COSTS:
+    if not isinstance(cost, str) or cost not in _COSTS:
         raise ValueError(f"`cost` must be one of {sorted(_COSTS)} or a mep Cost, got {cost!r}")
     return _COSTS[cost]

@@ -6,6 +6,7 @@ reaches every layer. All end in the same equilibrium.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +46,14 @@ class GradientDescent(Solver):
     patience: int = 5
 
     def __post_init__(self) -> None:
-        _check(self, max_steps=self.max_steps >= 1, lr=self.lr > 0, patience=self.patience >= 1)
-        _check(self, momentum=0 <= self.momentum < 1, tol=self.tol is None or self.tol > 0)
+        _check(
+            self,
+            max_steps=_count(self.max_steps),
+            lr=(0 < self.lr < math.inf, "a finite number > 0"),
+            momentum=(0 <= self.momentum < 1, "in [0, 1)"),
+            tol=_tolerance(self.tol),
+            patience=_count(self.patience),
+        )
 
     def start(self, problem: Problem) -> Iterate:
         return Iterate(problem.start(), problem.start_residual())
@@ -94,7 +101,7 @@ class Sweep(Solver):
     tol: float | None = 1e-2
 
     def __post_init__(self) -> None:
-        _check(self, max_sweeps=self.max_sweeps >= 1, tol=self.tol is None or self.tol > 0)
+        _check(self, max_sweeps=_count(self.max_sweeps), tol=_tolerance(self.tol))
 
     @property
     def max_steps(self) -> int:  # type: ignore[override]
@@ -135,8 +142,13 @@ class Anderson(Solver):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, max_steps=self.max_steps >= 1, tol=self.tol is None or self.tol > 0)
-        _check(self, memory=self.memory >= 1, damping=0 < self.damping <= 1)
+        _check(
+            self,
+            max_steps=_count(self.max_steps),
+            tol=_tolerance(self.tol),
+            memory=_count(self.memory),
+            damping=(0 < self.damping <= 1, "in (0, 1]"),
+        )
 
     def start(self, problem: Problem) -> Iterate:
         return Iterate(None, problem.start_residual(), [])
@@ -198,8 +210,18 @@ def _unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [part.view_as(e) for part, e in zip(parts, like, strict=True)]
 
 
-def _check(solver: Solver, **valid: bool) -> None:
-    for name, ok in valid.items():
-        if not ok:
-            value = getattr(solver, name)
-            raise ValueError(f"`{type(solver).__name__}({name}=...)` is out of range: {value!r}")
+def _check(solver: Solver, **rules: tuple[bool, str]) -> None:
+    for name, (holds, range_) in rules.items():
+        if not holds:
+            raise ValueError(
+                f"`{type(solver).__name__}({name}=...)` must be {range_}, "
+                f"got {getattr(solver, name)!r}"
+            )
+
+
+def _count(value: int) -> tuple[bool, str]:
+    return isinstance(value, int) and value >= 1, "a whole number >= 1"
+
+
+def _tolerance(value: float | None) -> tuple[bool, str]:
+    return value is None or value > 0, "a number > 0, or None"

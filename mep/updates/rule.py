@@ -21,7 +21,7 @@ class Rule(ABC):
         """Refuses a group with nonsense in it.
 
         Raises:
-            ValueError: naming the number and its range.
+            TypeError, ValueError: naming the number and its range.
         """
 
     @abstractmethod

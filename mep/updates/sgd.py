@@ -25,6 +25,8 @@ class SGD(Rule):
 
     def check(self, group: dict[str, Any]) -> None:
         for name in ("lr", "lr_scale", "weight_decay"):
+            if isinstance(group[name], bool) or not isinstance(group[name], (int, float, Tensor)):
+                raise TypeError(f"`{name}` must be a number, got {group[name]!r}")
             if not (group[name] >= 0 and math.isfinite(group[name])):
                 raise ValueError(f"`{name}` must be a finite number >= 0, got {group[name]}")
         if not 0 <= group["momentum"] < 1:
@@ -45,8 +47,10 @@ class SGD(Rule):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffers[k] = state["momentum_buffer"]
+        # torch's fused CPU kernel leaves most of a bfloat16 tensor as it was (2.13).
+        fused = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
         sgd(
-            parameters, gradients, buffers, fused=True,
+            parameters, gradients, buffers, fused=fused,
             lr=group["lr"] * group["lr_scale"], momentum=group["momentum"], dampening=0.0,
             weight_decay=group["weight_decay"], nesterov=group["nesterov"], maximize=False,
         )  # fmt: skip
