@@ -258,7 +258,8 @@ def test_estimate_reports_the_worst_phase(strongest):
     options = {"beta": 0.3, "settler": mep.Sweep(50, 1e-4)}
 
     def nodes(beta):
-        both = ((beta, 1 / beta), (beta / 100, -1 / beta))
+        w = 1 / (0.99 * beta)
+        both = ((beta, w), (beta / 100, -w))
         return both if strongest == "first" else both[::-1]
 
     settled = [
@@ -321,6 +322,7 @@ BAD_OPTIONS = [
     ({"settler": "sweep"}, TypeError, "`settler`"),
     ({"settler": mep.Sweep}, TypeError, "`settler`"),
     ({"stencil": "centered"}, TypeError, "`stencil`"),
+    ({"stencil": lambda beta: ((0.0, 0.0), (beta, 1.0))}, ValueError, "sum w = 0"),
     ({"energy": "kl"}, TypeError, "`energy`"),
     ({"energy": mep.KL()}, TypeError, "`energy`"),
     ({"gradient_method": "magic"}, ValueError, "`gradient_method`"),
