@@ -176,6 +176,8 @@ def _backprop(chain: Chain, x: Tensor, target: Tensor, how: Settings) -> dict[nn
         s = x
         for block in chain:
             s, _ = block.predict(s)
+        if not wanted:
+            return {}
         found = torch.autograd.grad(how.cost.mean(s, target), wanted, allow_unused=True)
     return {p: g for p, g in zip(wanted, found, strict=True) if g is not None}
 

@@ -279,11 +279,12 @@ def test_backprop_alone_and_the_limit(data, tmp_path):
 # The others
 
 
-def test_speed(tmp_path):
-    config = speed_bench.SpeedConfig(depths=(2, 4), width=8, batch=4, rounds=3, warmup=1)
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_speed(tmp_path, activation):
+    config = speed_bench.SpeedConfig((2, 4), activation, width=8, batch=4, rounds=3, warmup=1)
     found = speed_bench.run(config, "mep bench speed")
-    assert len(found.rows) == 2 * 3 * 3  # depths, rounds, arms
-    assert {row["arm"] for row in found.rows} == {"EP", "backprop", "limit (= backprop)"}
+    assert len(found.rows) == 2 * 3 * 4  # depths, rounds, arms
+    assert {row["arm"] for row in found.rows} == set(speed_bench.ARMS)
     entries = {(entry["depth"], entry["arm"]): entry for entry in found.summary["arms"]}
     ours = entries[4, "EP"]
     ratios = sorted(r["ratio"] for r in found.rows if r["arm"] == "EP" and r["depth"] == 4)
@@ -300,6 +301,7 @@ def test_speed(tmp_path):
     [
         ({"depths": ()}, "`depths` must be"),
         ({"depths": (3, 1)}, "`depths` must be"),
+        ({"activation": "gelu"}, "`activation` must be one of"),
         ({"width": 0}, "`width` must be >= 1, got 0"),
         ({"rounds": 0}, "`rounds` must be >= 1, got 0"),
         ({"warmup": -1}, "`warmup` must be >= 0, got -1"),

@@ -351,7 +351,7 @@ CHANGING = [
 ]
 
 
-@pytest.mark.parametrize("options", CHANGING, ids=str)
+@pytest.mark.parametrize("options", CHANGING, ids=range(len(CHANGING)))
 def test_every_option_changes_the_gradient(options):
     at = tanh_problem([5, 6, 6, 4])
     base = {"settler": mep.Sweep(10, 1e-9)}

@@ -335,8 +335,11 @@ def test_gain_of_an_isometric_chain_is_its_depth():
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda m, x, s, y: mep.energy(m, x, s[:1], y, beta=1.0), "one tensor per block"),
-        (lambda m, x, s, y: mep.state_gradients(m, x, s[:1], y, beta=1.0), "one tensor per block"),
+        (lambda m, x, s, y: mep.energy(m, x, s[:1], y, beta=1.0), "`states` must have the shapes"),
+        (
+            lambda m, x, s, y: mep.state_gradients(m, x, s[:1], y, beta=1.0),
+            "`states` must have the shapes",
+        ),
         (lambda m, x, s, y: mep.state_gradients(m, x, s, y, beta=1.0, method="x"), "`method`"),
     ],
 )

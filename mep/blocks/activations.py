@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -225,7 +226,7 @@ def _identity() -> Activation:
     return Activation("identity", lambda x: x, lambda x, y, g: g, lambda x, y, d, x_new: (d, x_new))
 
 
-_MODULES: dict[type[nn.Module], Callable[[nn.Module], Activation]] = {
+_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.ReLU: lambda m: _relu(),
     nn.Tanh: lambda m: _tanh(),
     nn.Sigmoid: lambda m: _sigmoid(),

@@ -85,13 +85,13 @@ def _is_shape(node: Any) -> bool:
     if not isinstance(node, fx.Node):
         return False
     as_method = node.target == "size" and len(node.args) == 1
-    return as_method or (node.target is getattr and node.args[1] == "shape")
+    return as_method or (node.target is getattr and node.args[1:] == ("shape",))
 
 
 def _is_batch_size(node: fx.Node) -> bool:
     if node.target == "size":
         return node.args[1:] == (0,)
-    return node.target is getitem and node.args[1] == 0 and _is_shape(node.args[0])
+    return node.target is getitem and node.args[1:] == (0,) and _is_shape(node.args[0])
 
 
 def _scalars(graph: fx.Graph) -> set[fx.Node]:

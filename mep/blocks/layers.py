@@ -21,7 +21,7 @@ __all__ = ["Conv2d", "Layer", "Linear", "layer_of"]
 class Layer(ABC):
     """A weighted layer. Shapes: input ``a`` ``(B, *in)``, output and error ``e`` ``(B, *out)``."""
 
-    module: nn.Linear | nn.Conv2d
+    module: nn.Module
 
     @property
     def weight(self) -> nn.Parameter:
@@ -92,6 +92,8 @@ class Linear(Layer):
 
 class Conv2d(Layer):
     """``nn.Conv2d`` with zero padding."""
+
+    module: nn.Conv2d
 
     def __init__(self, module: nn.Conv2d) -> None:
         self.module = module

@@ -89,12 +89,9 @@ class AvgPool2d(Operation):
 
     def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
         m = self.module
-        stride = m.kernel_size if m.stride is None else m.stride
-        pair = nn.modules.utils._pair
-        return torch.ops.aten.avg_pool2d_backward(
-            g, x, pair(m.kernel_size), pair(stride), pair(m.padding),
-            m.ceil_mode, m.count_include_pad, m.divisor_override,
-        )  # fmt: skip
+        sizes = (_pair(size) for size in (m.kernel_size, m.stride, m.padding))
+        rest = (m.ceil_mode, m.count_include_pad, m.divisor_override)
+        return torch.ops.aten.avg_pool2d_backward(g, x, *sizes, *rest)
 
     def move(
         self, x: Tensor, y: Tensor, memo: Memo, d: Tensor, x_new: Tensor
@@ -111,9 +108,8 @@ class MaxPool2d(Operation):
 
     def apply(self, x: Tensor) -> tuple[Tensor, Memo]:
         m = self.module
-        return F.max_pool2d_with_indices(
-            x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode
-        )
+        sizes = (_pair(size) for size in (m.kernel_size, m.stride, m.padding, m.dilation))
+        return F.max_pool2d_with_indices(x, *sizes, ceil_mode=m.ceil_mode)
 
     def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
         assert memo is not None
@@ -155,6 +151,10 @@ class Dropout(Operation):
     ) -> tuple[Tensor, Tensor, Memo]:
         delta = self.pull(x, y, memo, d)
         return delta, y + delta, memo
+
+
+def _pair(size: int | tuple[int, ...]) -> list[int]:
+    return [size, size] if isinstance(size, int) else list(size)
 
 
 def _is_plain_max_pool(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mep.blocks import Chain
 from mep.contrast.phases import chain_of, check_input, free_phase
 from mep.contrast.settings import settings
 from mep.contrast.strength import AutoBeta, strength_of
@@ -66,14 +67,14 @@ def energy(
         TypeError, ValueError: if an argument does not fit.
 
     >>> model, x = nn.Linear(3, 2), torch.zeros(1, 3)
-    >>> float(energy(model, x, free_states(model, x), torch.tensor([0]), beta=0.0))
-    0.0
+    >>> energy(model, x, free_states(model, x), torch.tensor([0]), beta=0.0).tolist()
+    [0.0]
 
     Source: Scellier & Bengio 2017, eq. 2.
     """
     chain = chain_of(model)
     check_input(chain, x)
-    _check_states(states, len(chain))
+    _check_states(chain, x, states)
     y = cost_of(cost).prepare(target, states[-1])
     return (energy or PredictionError()).value(chain, x, states, y, cost_of(cost), beta)
 
@@ -120,7 +121,7 @@ def state_gradients(
         raise ValueError(f"`method` must be 'analytic' or 'autograd', got {method!r}")
     chain = chain_of(model, method)
     check_input(chain, x)
-    _check_states(states, len(chain))
+    _check_states(chain, x, states)
     which, how = cost_of(cost), energy or PredictionError()
     y = which.prepare(target, states[-1])
     if method == "analytic":
@@ -174,6 +175,8 @@ def settle(
         return run(how.energy.nudged(free, strength_of(how.beta, free)), how.settler)
 
 
-def _check_states(states: list[Tensor], depth: int) -> None:
-    if len(states) != depth:
-        raise ValueError(f"`states` must hold one tensor per block ({depth}), got {len(states)}")
+def _check_states(chain: Chain, x: Tensor, states: list[Tensor]) -> None:
+    expected = [tuple(s.shape) for s in chain.free(x)[0]]
+    given = [tuple(s.shape) for s in states]
+    if given != expected:
+        raise ValueError(f"`states` must have the shapes {expected}, one per block, got {given}")

@@ -138,8 +138,10 @@ class Nudged:
     def _forces(self, at: Configuration) -> Iterator[Tensor]:
         signals = at.local_errors()
         for i, block in enumerate(self.blocks[1:], start=1):
-            known = at.products is not None and signals[i] is at.errors[i]
-            product = at.products[i - 1] if known else block.product(at.points[i], signals[i])
+            if at.products is not None and signals[i] is at.errors[i]:
+                product = at.products[i - 1]
+            else:
+                product = block.product(at.points[i], signals[i])
             inner = block.inner(at.points[i], product) if at.at_kinks else None
             e = at.errors[i - 1]
             if inner is None:
@@ -167,17 +169,19 @@ class Nudged:
             at.errors[-1] * self.beta, f, self.free.cost, self.free.target, self.beta
         )
         e = self.output.error(v, f) / self.beta
-        errors, products, inners = [v / self.beta], [], [None]
+        errors, products = [v / self.beta], []
+        inners: list[Tensor | None] = [None]
         for i in reversed(range(1, len(self.blocks))):
             block, point = self.blocks[i], at.points[i]
             products.append(block.product(point, e))
-            inners.append(block.inner(point, products[-1]) if exact_ramps else None)
-            if inners[-1] is None:
+            inner = block.inner(point, products[-1]) if exact_ramps else None
+            if inner is None:
                 e = block.pull(point, products[-1])
             else:
                 delta = torch.sub(at.displacements[i - 1], at.errors[i - 1], alpha=self.beta)
-                e = self._rest(i - 1, delta, inners[-1])[1]
+                e = self._rest(i - 1, delta, inner)[1]
             errors.append(e)
+            inners.append(inner)
         if all(inner is None for inner in inners):
             return Messages(errors[::-1], products[::-1])
         # Solved ramps change their errors on the way up, and so the products.

@@ -62,6 +62,11 @@ class KL(OutputEnergy):
     With ``delta = v / T`` and ``<.>_p`` the mean under p, the force is
     ``p (log p - log q - KL) / T = p (delta - <delta>_p) / T`` and the local error ``(p - q) / T``.
 
+    The divergence saturates: a cross-entropy below ``T = 1`` has an equilibrium only under weak
+    nudges, and a negative nudge (``centered``, ``five_point``) has none for samples whose target is
+    much less likely than ``beta``. The status says so. The local error cannot carry a common shift
+    of all logits, so with ``mse`` the estimate tends to the centred gradient.
+
     For cross-entropy at ``T = 1`` the output equation has one unknown per sample: the target's
     logit rises by ``u`` with ``u = beta / p_y(u)``, which is monotone for beta > 0. Otherwise it is
     solved by Newton steps. Outputs have shape ``(B, classes)``.
@@ -115,7 +120,10 @@ class KL(OutputEnergy):
                 g = self.force(v, f) + beta * cost.gradient(f + v, y)
                 rows = [torch.autograd.grad(g_j.sum(), v, retain_graph=True)[0] for g_j in g.T]
             # Both terms may ignore a common shift of all logits: least squares leaves it alone.
-            inverse = torch.linalg.pinv(torch.stack(rows, 1), hermitian=True)
+            jacobian = torch.stack(rows, 1)
+            if jacobian.dtype == torch.bfloat16:
+                raise TypeError("KL's Newton steps need float32 or float64; use temperature=1")
+            inverse = torch.linalg.pinv(jacobian, hermitian=True)
             step = (inverse @ g.detach().unsqueeze(-1)).squeeze(-1)
             v = v.detach() - step.clamp(-self.temperature, self.temperature)
         return v

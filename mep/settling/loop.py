@@ -47,30 +47,39 @@ class Problem(Protocol):
 
     def start(self) -> Any:
         """Returns the free equilibrium."""
+        ...
 
     def start_residual(self) -> Residual:
         """Returns the residual of the free equilibrium under the nudge."""
+        ...
 
     def limit(self) -> Any:
         """Returns the free equilibrium with the errors of one backward sweep."""
+        ...
 
     def displace(self, displacements: list[Tensor]) -> Any:
         """Returns the configuration with given displacements."""
+        ...
 
     def forces(self, at: Any) -> tuple[list[Tensor], Residual]:
         """Returns ``dF/ds_1 ... dF/ds_L`` and the residual."""
+        ...
 
     def residual(self, at: Any) -> Residual:
         """Returns the residual alone."""
+        ...
 
     def sweep(self, at: Any | None) -> Any:
         """One backward and one forward sweep, from a configuration or (None) the free states."""
+        ...
 
     def backward(self, at: Any) -> Messages:
         """The backward sweep alone: the errors that the states of a configuration call for."""
+        ...
 
     def forward(self, messages: Messages) -> Any:
         """The forward sweep alone: the configuration that has the given errors."""
+        ...
 
 
 @dataclass

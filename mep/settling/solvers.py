@@ -169,11 +169,13 @@ class Anderson(Solver):
         # Scaled by the last rest, so that the ridge means the same for every sample and nudge.
         size = rests[:, -1].norm(dim=1)[:, None, None]
         scaled = rests / torch.where(size > 0, size, torch.ones_like(size))
+        if scaled.dtype == torch.bfloat16:
+            scaled = scaled.float()  # bfloat16 has no linear solver, nor the digits for one
         gram = scaled @ scaled.mT
         gram += 10 * torch.finfo(gram.dtype).eps * torch.eye(len(past)).to(gram)
         ones = torch.ones_like(gram[:, :, :1])
         alpha = torch.linalg.solve_ex(gram, ones)[0]
-        alpha = alpha / alpha.sum(1, keepdim=True)
+        alpha = (alpha / alpha.sum(1, keepdim=True)).to(rests.dtype)
         return (alpha * (points + self.damping * rests)).sum(1)
 
 
