@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mep.blocks.buffers import give, take
+from mep.blocks.buffers import take
 
 __all__ = ["Activation", "of_module"]
 
@@ -44,6 +45,11 @@ class Activation:
     box: tuple[float, float] | None = None
 
 
+@cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
+
+
 def _ramp_difference(x: Tensor, d: Tensor) -> Tensor:
     """``relu(x + d) - relu(x)``: exactly ``d`` or 0 where the kink is not crossed."""
     return torch.maximum(d, -x).add_(x.clamp(max=0))
@@ -51,10 +57,8 @@ def _ramp_difference(x: Tensor, d: Tensor) -> Tensor:
 
 def _tanh_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
     """``tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)``."""
-    rise = torch.tanh(d, out=take(d))
-    delta = torch.addcmul(y.new_ones(()), y, y_new, value=-1, out=take(d)).mul_(rise)
-    give(rise)
-    return delta
+    one = _one(d.dtype, d.device)
+    return torch.addcmul(one, y, y_new, value=-1, out=take(d)).mul_(torch.tanh(d))
 
 
 def _with_sum(
@@ -83,10 +87,8 @@ def _relu() -> Activation:
 
     def move(x: Tensor, y: Tensor, d: Tensor, x_new: Tensor) -> tuple[Tensor, Tensor]:
         # max(d + min(x, 0), -max(x, 0)): exactly d or 0 where the kink is not crossed
-        floor = torch.neg(y, out=take(y))
         delta = torch.sub(x, y, out=take(d)).add_(d)
-        torch.maximum(delta, floor, out=delta)
-        give(floor)
+        torch.maximum(delta, -y, out=delta)
         return delta, torch.clamp(x_new, min=0, out=take(x))
 
     return Activation(

@@ -66,14 +66,14 @@ class Linear(Layer):
             return self.push(a)
         if a.dim() != 2 or torch.is_grad_enabled():
             return F.linear(a, weight, bias)
-        out = take(a, torch.Size((len(a), len(weight))))
+        out = take(a, (a.shape[0], weight.shape[0]))
         return torch.addmm(bias, a, weight.t(), out=out)
 
     def push(self, d: Tensor) -> Tensor:
         weight = self.weight
         if d.dim() != 2 or torch.is_grad_enabled():
             return F.linear(d, weight)
-        return torch.mm(d, weight.t(), out=take(d, torch.Size((len(d), len(weight)))))
+        return torch.mm(d, weight.t(), out=take(d, (d.shape[0], weight.shape[0])))
 
     def pull(self, a: Tensor, e: Tensor) -> Tensor:
         if e.dim() != 2 or torch.is_grad_enabled():
@@ -82,9 +82,9 @@ class Linear(Layer):
 
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
         weight = self.weight  # beta=0: its values are not read
-        out = take(weight)
-        e, a = e.flatten(0, -2), a.flatten(0, -2)
-        return torch.addmm(weight, e.t(), a, beta=0, alpha=scale, out=out)
+        if e.dim() != 2:
+            e, a = e.flatten(0, -2), a.flatten(0, -2)
+        return torch.addmm(weight, e.t(), a, beta=0, alpha=scale, out=take(weight))
 
     def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
         return e.flatten(0, -2).sum(0).mul_(scale)

@@ -159,12 +159,14 @@ def _summary(free: FreePhase, phases: list[Settled], nodes: list[tuple[float, fl
     statuses = {phase.status for phase in phases}
     loss = free.loss.mean()
     worst = next(s for s in (DIVERGED, NOT_SETTLED, LIMIT, CONVERGED) if s in statuses)
-    per_sample = torch.stack([phase.residual for phase in phases]).amax(0)
+    per_sample = phases[0].residual
+    for phase in phases[1:]:
+        per_sample = torch.maximum(per_sample, phase.residual)
     return Estimate(
         loss=loss,
         balance=Residual(per_sample, phases[-1].balance.nudge),
         sweeps=max(phase.steps for phase in phases),
-        status=worst if torch.isfinite(loss) else DIVERGED,
+        status=worst if math.isfinite(float(loss)) else DIVERGED,
         beta=max(abs(b) for b, _ in nodes),
     )
 

@@ -50,18 +50,20 @@ class FreePhase:
     def unit(self) -> Messages:
         """The backward sweep at the free states, per unit of beta: from ``e_L = -dC/ds_L``."""
         e = -self.cost_gradient
-        errors, products = [e], []
+        errors, products, self._norms = [e], [], [torch.linalg.vector_norm(e)]
         for block, point in zip(self.chain.blocks[:0:-1], self.points[:0:-1], strict=True):
             products.append(block.product(point, e))
             e = block.pull(point, products[-1])
             errors.append(e)
+            self._norms.append(torch.linalg.vector_norm(e))  # while it is in the cache
         return Messages(errors[::-1], products[::-1])
 
     @cached_property
     def gain(self) -> float:
         """``kappa = sum_i ||e_i||^2 / ||e_L||^2``: how much every layer's move adds up."""
-        norms = torch.stack([torch.linalg.vector_norm(e) for e in self.unit.errors])
-        gain = float((norms / norms[-1]).square().sum())
+        assert self.unit  # the backward sweep leaves the norms, the output's first
+        norms = torch.stack(self._norms)
+        gain = float((norms / norms[0]).square_().sum())
         # Nothing to learn from this batch, or an overflow that settling will report: any will do.
         return gain if math.isfinite(gain) and gain > 0 else float(len(norms))
 

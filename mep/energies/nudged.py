@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.blocks import give, take
 from mep.energies.free import FreePhase
 from mep.energies.outputs import OutputEnergy, Squared
 from mep.settling import Messages, Residual
@@ -35,7 +34,8 @@ class Configuration:
         errors: ``e_1 ... e_{L-1}`` and the output's own displacement ``v``, per unit of beta.
         signal: the local error that the output sends down, ``-dE/df_L``, per unit of beta.
         points: every block's point at its displaced input.
-        products: ``W_{i+1}^T e_{i+1}`` for i < L where they are known.
+        norms: of the forces below the output, where the sweep that led here has left them.
+        nudge: ``dC/ds_L`` at the displaced output, once it has been asked for.
         at_kinks: True if units of leading ramps were solved exactly and may rest on a kink.
     """
 
@@ -44,7 +44,8 @@ class Configuration:
     errors: list[Tensor]
     signal: Tensor
     points: list[Any]
-    products: list[Tensor] | None = None
+    norms: list[Tensor] | None = None
+    nudge: Tensor | None = None
     at_kinks: bool = False
 
     @property
@@ -83,7 +84,7 @@ class Nudged:
 
     def limit(self) -> Configuration:
         at, messages = self.start(), self.free.unit
-        at.errors, at.signal, at.products = messages.errors, messages.errors[-1], messages.products
+        at.errors, at.signal = messages.errors, messages.errors[-1]
         return at
 
     def displace(self, displacements: list[Tensor]) -> Configuration:
@@ -108,12 +109,16 @@ class Nudged:
 
     def forward(self, messages: Messages) -> Configuration:
         errors, points, displacements = list(messages.errors), [self.free.points[0]], []
+        norms: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i == 0:
                 delta = torch.zeros_like(errors[0])  # nothing moves below the first state
             else:
                 delta, point = block.difference(self.free.points[i], displacements[-1])
                 points.append(point)
+                if messages.products is not None:  # the force below, while all is in the cache
+                    pulled = block.pull(point, messages.products[i - 1])
+                    norms.append(_norm(errors[i - 1] - pulled))
             inner = messages.inners[i] if messages.inners else None
             if inner is None:
                 displacements.append(delta.add_(errors[i], alpha=self.beta))
@@ -121,7 +126,9 @@ class Nudged:
                 d, errors[i] = self._rest(i, delta, inner)
                 displacements.append(d)
         at = self._read(displacements, errors, points)
-        at.products, at.at_kinks = messages.products, messages.inners is not None
+        at.at_kinks = messages.inners is not None
+        if messages.products is not None and isinstance(self.output, Squared):
+            at.norms = norms  # another output energy has another local error by now
         return at
 
     def forces(self, at: Configuration) -> tuple[list[Tensor], Residual]:
@@ -129,36 +136,29 @@ class Nudged:
         return forces, self._residual(at, [_norm(force) for force in forces])
 
     def residual(self, at: Configuration) -> Residual:
-        norms = []
-        for force in self._forces(at):
-            norms.append(_norm(force))
-            give(force)  # one at a time: a deep chain's forces would not stay in the cache
-        return self._residual(at, norms)
+        if at.norms is None:
+            return self.forces(at)[1]
+        return self._residual(at, [*at.norms, _norm(self._output_force(at))])
 
     def _forces(self, at: Configuration) -> Iterator[Tensor]:
         signals = at.local_errors()
         for i, block in enumerate(self.blocks[1:], start=1):
-            if at.products is not None and signals[i] is at.errors[i]:
-                product = at.products[i - 1]
-            else:
-                product = block.product(at.points[i], signals[i])
+            product = block.product(at.points[i], signals[i])
             inner = block.inner(at.points[i], product) if at.at_kinks else None
-            e = at.errors[i - 1]
             if inner is None:
-                pulled = block.pull(at.points[i], product)
-                force = torch.sub(e, pulled, out=take(e))
-                if pulled is not product:
-                    give(pulled)
-                yield force
+                yield at.errors[i - 1] - block.pull(at.points[i], product)
             else:
                 s = self.free.states[i - 1] + at.displacements[i - 1]
-                yield block.least_force(s, e, inner)
+                yield block.least_force(s, at.errors[i - 1], inner)
+        yield self._output_force(at)
+
+    def _output_force(self, at: Configuration) -> Tensor:
         v, f = at.errors[-1] * self.beta, self._output_prediction(at)
-        yield self.output.force(v, f) / self.beta + self._cost_gradient(f + v)
+        return self.output.force(v, f) / self.beta + self._nudge(at)
 
     def _residual(self, at: Configuration, norms: list[Tensor]) -> Residual:
         """Forces and nudge both per unit of beta, which cancels."""
-        nudge = _norm(self._cost_gradient(self.free.states[-1] + at.displacements[-1]))
+        nudge = _norm(self._nudge(at))
         ratio = torch.linalg.vector_norm(torch.stack(norms), dim=0) / nudge
         return Residual(torch.where(nudge == 0, torch.zeros_like(ratio), ratio), nudge)
 
@@ -200,8 +200,12 @@ class Nudged:
             at.signal = self.output.error(errors[-1] * self.beta, f) / self.beta
         return at
 
-    def _cost_gradient(self, s: Tensor) -> Tensor:
-        return self.free.cost.gradient(s, self.free.target)
+    def _nudge(self, at: Configuration) -> Tensor:
+        """``dC/ds_L`` at a configuration."""
+        if at.nudge is None:
+            s = self.free.states[-1] + at.displacements[-1]
+            at.nudge = self.free.cost.gradient(s, self.free.target)
+        return at.nudge
 
     def _output_prediction(self, at: Configuration) -> Tensor:
         moved = torch.sub(at.displacements[-1], at.errors[-1], alpha=self.beta)

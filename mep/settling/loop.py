@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -151,6 +152,6 @@ def _may_stop(solver: Solver, history: list[Tensor]) -> bool:
 
 
 def _verdict(residual: Residual, median: Tensor, tol: float | None) -> str:
-    if not torch.isfinite(residual.per_sample).all() or median > DIVERGENCE:
+    if not math.isfinite(float(residual.per_sample.sum())) or median > DIVERGENCE:
         return DIVERGED
     return CONVERGED if median <= (DEFAULT_TOLERANCE if tol is None else tol) else NOT_SETTLED
