@@ -24,4 +24,4 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Entry point of the command ``mep``."""
-    app()
+    app(prog_name="mep")

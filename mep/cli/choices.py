@@ -172,12 +172,14 @@ def prepare(out: Path, device: str) -> None:
 
 
 def command_line(context: typer.Context) -> str:
-    """The command as it was given, without the names of files and folders."""
-    words = ["mep", *context.command_path.split()[1:]]  # however the program was started
+    """The command as it was given, without paths that mean something on one machine only."""
+    words = context.command_path.split()
     for parameter in context.command.params:
         value = context.params.get(parameter.name)
         source = context.get_parameter_source(parameter.name)
-        if source is None or source.name != "COMMANDLINE" or isinstance(value, Path):
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if isinstance(value, Path) and value.is_absolute():
             continue
         if parameter.param_type_name == "argument":
             words.append(str(value))
