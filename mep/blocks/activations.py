@@ -35,6 +35,7 @@ class Activation:
         pull: ``(x, y, g) -> phi'(x) g``, by the kernels torch's own backward uses.
         move: ``(x, y, d, x_new) -> (phi(x + d) - phi(x), phi(x + d))`` with ``x_new = x + d``; the
             difference is free of cancellation.
+        reads_input: False if ``pull`` looks at ``y`` and ``g`` alone; ``x`` need not be kept then.
         box: for ramps (slope 1 inside, 0 outside), the two kinks; None for everything else.
     """
 
@@ -42,6 +43,7 @@ class Activation:
     value: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor, Tensor, Tensor], Tensor]
     move: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    reads_input: bool = True
     box: tuple[float, float] | None = None
 
 
@@ -96,6 +98,7 @@ def _relu() -> Activation:
         lambda x: torch.clamp(x, min=0, out=take(x)),
         pull,
         move,
+        reads_input=False,
         box=(0.0, math.inf),
     )
 
@@ -116,6 +119,7 @@ def _tanh() -> Activation:
         lambda x: torch.tanh(x, out=take(x)),
         pull,
         move,
+        reads_input=False,
     )
 
 

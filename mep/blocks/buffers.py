@@ -15,7 +15,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["Buffers", "take"]
+__all__ = ["Buffers", "give", "take"]
 
 
 class Buffers:
@@ -23,7 +23,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._idle: dict[tuple, list[Tensor]] = defaultdict(list)
-        self._lent: list[tuple[list[Tensor], Tensor]] = []
+        self._lent: dict[int, tuple[list[Tensor], Tensor]] = {}
 
     @contextmanager
     def lend(self) -> Iterator[None]:
@@ -33,15 +33,20 @@ class Buffers:
             yield
         finally:
             _active.reset(token)
-            for idle, tensor in reversed(self._lent):
+            for idle, tensor in reversed(self._lent.values()):
                 idle.append(tensor)
             self._lent.clear()
 
     def _take(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         idle = self._idle[shape, like.dtype, like.device]
         tensor = idle.pop() if idle else torch.empty(shape, dtype=like.dtype, device=like.device)
-        self._lent.append((idle, tensor))
+        self._lent[id(tensor)] = (idle, tensor)
         return tensor
+
+    def _give(self, tensor: Tensor) -> None:
+        entry = self._lent.pop(id(tensor), None)
+        if entry is not None:
+            entry[0].append(tensor)
 
 
 _active: ContextVar[Buffers | None] = ContextVar("active buffers", default=None)
@@ -59,3 +64,10 @@ def take(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor | None:
     """
     buffers = _active.get()
     return None if buffers is None else buffers._take(like, like.shape if shape is None else shape)
+
+
+def give(tensor: Tensor) -> None:
+    """Returns a tensor before the step ends: nobody reads it any more, and it is in the cache."""
+    buffers = _active.get()
+    if buffers is not None:
+        buffers._give(tensor)

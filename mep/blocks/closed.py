@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.blocks.block import Block
-from mep.blocks.buffers import take
+from mep.blocks.buffers import give, take
 from mep.blocks.layers import Layer
 from mep.blocks.operations import Memo, Operation, Pointwise
 
@@ -92,12 +92,16 @@ class ClosedBlock(Block):
 
     def difference(self, point: _Point, d: Tensor) -> tuple[Tensor, _Point]:
         s = point.values[0]
-        values, memos = [torch.add(s, d, out=take(d))], []
+        s_new = torch.add(s, d, out=take(d))
+        values, memos = [s_new], []
         for k, operation in enumerate(self.operations):
             x, y, memo = point.values[k], point.values[k + 1], point.memos[k]
             d, y_new, memo = operation.move(x, y, memo, d, values[-1])
             values.append(y_new)
             memos.append(memo)
+        if self.operations and not self.operations[0].reads_input:
+            values[0] = s  # its shape is all that will be asked for
+            give(s_new)
         return (d.clone() if self.layer is None else self.layer.push(d)), _Point(values, memos)
 
     def gradients(

@@ -21,7 +21,13 @@ Memo = Tensor | None
 
 
 class Operation(ABC):
-    """A parameter-free map ``y = g(x)`` of a batch, ``x`` of shape ``(B, *units)``."""
+    """A parameter-free map ``y = g(x)`` of a batch, ``x`` of shape ``(B, *units)``.
+
+    Attributes:
+        reads_input: False if ``pull`` takes no more than its shape from ``x``.
+    """
+
+    reads_input: bool = True
 
     @abstractmethod
     def apply(self, x: Tensor) -> tuple[Tensor, Memo]:
@@ -47,6 +53,7 @@ class Pointwise(Operation):
 
     def __init__(self, activation: Activation) -> None:
         self.activation = activation
+        self.reads_input = activation.reads_input
 
     def apply(self, x: Tensor) -> tuple[Tensor, Memo]:
         return self.activation.value(x), None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mep.blocks import give
 from mep.energies.free import FreePhase
 from mep.energies.outputs import OutputEnergy, Squared
 from mep.settling import Messages, Residual
@@ -119,6 +120,8 @@ class Nudged:
                 if messages.products is not None:  # the force below, while all is in the cache
                     pulled = block.pull(point, messages.products[i - 1])
                     norms.append(_norm(errors[i - 1] - pulled))
+                    if pulled is not messages.products[i - 1]:
+                        give(pulled)
             inner = messages.inners[i] if messages.inners else None
             if inner is None:
                 displacements.append(delta.add_(errors[i], alpha=self.beta))
@@ -153,6 +156,8 @@ class Nudged:
         yield self._output_force(at)
 
     def _output_force(self, at: Configuration) -> Tensor:
+        if isinstance(self.output, Squared):
+            return at.errors[-1] + self._nudge(at)
         v, f = at.errors[-1] * self.beta, self._output_prediction(at)
         return self.output.force(v, f) / self.beta + self._nudge(at)
 
