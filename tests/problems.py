@@ -292,3 +292,29 @@ def distance(ours, truth):
     """Relative distance of two lists of tensors."""
     a, b = flat(ours).detach().double(), flat(truth).detach().double()
     return float((a - b).norm() / b.norm())
+
+
+def assert_is_its_function(block, s, d=None, tolerance=EXACT):
+    """Every method of a block against autograd through its modules, at a random error."""
+    body = nn.Sequential(*block.modules)
+    out, point = block.predict(s)
+    e = torch.randn_like(out)
+    parameters = [p for p in body.parameters() if p.requires_grad]
+    inputs = [s.detach().requires_grad_()] if s.is_floating_point() else []
+    truth = body(inputs[0] if inputs else s)
+    grads = torch.autograd.grad(truth, [*inputs, *parameters], e)
+    torch.testing.assert_close(out, truth, rtol=tolerance, atol=tolerance)
+    if inputs:
+        pulled = block.pull(point, block.product(point, e))
+        torch.testing.assert_close(pulled, grads[0], rtol=tolerance, atol=tolerance)
+        d = torch.randn_like(s) if d is None else d
+        delta, moved_point = block.difference(point, d)
+        change = (body(s + d) - body(s)).detach()
+        torch.testing.assert_close(delta, change, rtol=tolerance, atol=tolerance)
+        there = torch.autograd.functional.vjp(body, s + d, e)[1]
+        pulled = block.pull(moved_point, block.product(moved_point, e))
+        torch.testing.assert_close(pulled, there, rtol=tolerance, atol=tolerance)
+    found = dict(block.gradients(point, e, 0.5))
+    assert set(found) == set(parameters)
+    for parameter, gradient in zip(parameters, grads[len(inputs) :], strict=True):
+        torch.testing.assert_close(found[parameter], 0.5 * gradient, rtol=tolerance, atol=tolerance)

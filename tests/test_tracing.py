@@ -1,0 +1,345 @@
+"""Models read as chains: cuts, names, refusals, changes noticed."""
+
+import pytest
+import torch
+from problems import (
+    EXACT,
+    FunctionalNet,
+    assert_is_its_function,
+    backprop,
+    distance,
+    problem,
+)
+from torch import nn
+from torch.nn import functional as F
+
+import mep
+from mep.blocks.chain import Chain
+
+CHAINS = {
+    "mlp": [("0", "Linear(6, 8)"), ("2", "Tanh > Linear(8, 7)"), ("4", "Tanh > Linear(7, 4)")],
+    "residual": [
+        ("enter", "Linear(5, 6)"),
+        ("one.second", "Tanh > Subgraph"),
+        ("two.second", "Subgraph"),
+        ("leave", "Sigmoid > Linear(6, 4)"),
+    ],
+    "layer norm": [("0", "Linear(5, 6)"), ("3", "LayerNorm > GELU > Linear(6, 4)")],
+    "attention": [
+        ("enter", "Linear(3, 6)"),
+        ("attention.attend", "Subgraph"),
+        ("leave", "Subgraph > Tanh > Linear(6, 4)"),
+    ],
+    "embedding": [("0", "Embedding"), ("3", "Flatten > Tanh > Linear(15, 4)")],
+    "functional": [
+        ("conv", "Conv2d(1, 3, (3, 3))"),
+        ("hidden", "ReLU > MaxPool2d > Flatten > Linear(12, 6)"),
+        ("leave", "Tanh > Flatten > Linear(6, 4)"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", sorted(CHAINS))
+def test_cut_points_and_names(name):
+    chain = mep.trace(problem(name).model)
+    assert [(block.name, block.describe()) for block in chain] == CHAINS[name]
+
+
+def test_functional_calls_get_closed_forms():
+    assert {block.kind for block in mep.trace(FunctionalNet())} == {"closed form"}
+
+
+class Called(nn.Module):
+    """Linear, one function, Linear."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.enter, self.leave, self.function = nn.Linear(3, 4), nn.Linear(4, 2), function
+
+    def forward(self, x):
+        return self.leave(self.function(self.enter(x)))
+
+
+FUNCTIONS = {
+    "relu": F.relu,
+    "relu inplace": lambda x: F.relu(x, inplace=True),
+    "method": lambda x: x.sigmoid(),
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "leaky relu": lambda x: F.leaky_relu(x, negative_slope=0.3),
+    "elu": lambda x: F.elu(x, alpha=0.4),
+    "softplus": lambda x: F.softplus(x, beta=3.0),
+    "silu": F.silu,
+    "hardtanh": lambda x: F.hardtanh(x, -0.5, 0.5),
+    "relu6": F.relu6,
+}
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_functional_activation_keeps_its_options(name):
+    torch.manual_seed(0)
+    model, x = Called(FUNCTIONS[name]).double(), torch.randn(5, 3, dtype=torch.float64)
+    block = list(mep.trace(model))[-1]
+    assert block.kind == "closed form"
+    assert torch.equal(mep.free_states(model, x)[-1], model(x))
+    assert_is_its_function(block, torch.randn(5, 4, dtype=torch.float64))
+
+
+def test_nested_sequential_is_read_off():
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 4))),
+        nn.Sequential(),
+        nn.Tanh(),
+        nn.Linear(4, 2),
+        nn.Sigmoid(),
+    )
+    described = [(b.name, b.describe(), b.kind) for b in mep.trace(model)]
+    assert described == [
+        ("0.0", "Linear(2, 3)", "closed form"),
+        ("0.1.1", "ReLU > Linear(3, 4)", "closed form"),
+        ("3", "Tanh > Linear(4, 2)", "closed form"),
+        ("4", "Sigmoid", "closed form"),
+    ]
+
+
+class Trailing(nn.Module):
+    """Ends in a tuple of which one entry is never used, as attention usually does."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(4, 4)
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        h = self.enter(x)
+        found, _ = self.attend(h, h, h)
+        return found
+
+
+class Unused(nn.Module):
+    """Computes something after its output that nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave, self.other = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.enter(x)
+        y = self.leave(h)
+        self.other(h)
+        return y
+
+
+@pytest.mark.parametrize("make", [Trailing, Unused])
+def test_unused_values_do_not_swallow_a_block(make):
+    model, x = make(), torch.randn(3, 2, 4)
+    chain = mep.trace(model)
+    assert len(chain) == 2
+    assert torch.equal(chain.free(x)[0][-1], model(x))
+
+
+class Batched(nn.Module):
+    """Reads the batch size before a cut and uses it behind."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.enter, self.leave, self.read = nn.Linear(4, 6), nn.Linear(6, 2), read
+
+    def forward(self, x):
+        n = self.read(x)
+        return self.leave(torch.tanh(self.enter(x.view(n, -1))).view(n, 6))
+
+
+READS = {
+    "size": lambda x: x.size(0),
+    "shape": lambda x: x.shape[0],
+    "sizes": lambda x: x.size()[0],
+}
+
+
+@pytest.mark.parametrize("name", sorted(READS))
+def test_batch_size_may_cross_a_cut(name):
+    model, x = Batched(READS[name]), torch.randn(3, 2, 2)
+    chain = mep.trace(model)
+    assert len(chain) == 2
+    assert torch.equal(chain.free(x)[0][-1], model(x))
+
+
+class Folded(nn.Module):
+    """Folds positions into the batch: states would belong to no sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = self.enter(x.reshape(-1, 4))
+        return self.leave(torch.tanh(h)).view(x.size(0), -1, 3)
+
+
+def test_folding_into_the_batch_is_refused_and_never_wrong():
+    with pytest.raises(ValueError, match="batch must stay the first dimension"):
+        mep.free_states(Folded(), torch.randn(3, 2, 4))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.middle, self.leave = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.leave.weight = self.middle.weight
+
+    def forward(self, x):
+        h = torch.tanh(self.enter(x))
+        h = torch.tanh(self.middle(torch.tanh(self.middle(h))))
+        return self.leave(h)
+
+
+def test_shared_weights_get_the_sum_of_their_gradients():
+    at = problem("mlp")
+    at.model, at.x = Tied().double(), at.x[:, :3]
+    assert len(mep.trace(at.model)) == 4
+    mep.estimate(at.model, at.x, at.y, settler=mep.Limit())
+    ours = [p.grad for p in at.model.parameters()]
+    assert distance(ours, backprop(at)) < EXACT
+
+
+def test_parametrised_layer_is_left_to_autograd():
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
+    at = problem("mlp")
+    at.model = nn.Sequential(normed, nn.Tanh(), nn.Linear(5, 4)).double()
+    assert [b.kind for b in mep.trace(at.model)] == ["local autograd", "closed form"]
+    mep.estimate(at.model, at.x, at.y, settler=mep.Limit())
+    assert distance([p.grad for p in at.model.parameters()], backprop(at)) < EXACT
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, y):
+        return self.layer(x) + y
+
+
+class TwoOutputs(TwoInputs):
+    def forward(self, x):
+        return self.layer(x), x
+
+
+class FunctionalDropout(TwoInputs):
+    def forward(self, x):
+        return F.dropout(self.layer(x), 0.5, self.training)
+
+
+class DataDependent(TwoInputs):
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.register_forward_hook(lambda module, inputs, output: output)
+    return model
+
+
+def shared_norm():
+    norm = nn.BatchNorm1d(3)
+    return nn.Sequential(norm, nn.Linear(3, 3), norm, nn.Linear(3, 3))
+
+
+REFUSED = {
+    "two inputs": (TwoInputs, "takes 2 inputs"),
+    "two outputs": (TwoOutputs, "returns several values"),
+    "dropout": (FunctionalDropout, "functional dropout"),
+    "data": (DataDependent, "cannot be recorded"),
+    "hooks": (hooked, "forward hooks"),
+    "norm": (shared_norm, "keeps buffers"),
+    "empty": (lambda: nn.Sequential(nn.Tanh()), "no parameters"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refusal_names_its_reason(name):
+    make, reason = REFUSED[name]
+    with pytest.raises(mep.TraceError, match=reason):
+        mep.trace(make())
+
+
+def test_refusal_lists_every_reason():
+    model = nn.Sequential(
+        TwoOutputs(), nn.Sequential(FunctionalDropout()), TwoInputs(), shared_norm()
+    )
+    with pytest.raises(mep.TraceError) as caught:
+        mep.trace(model)
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == 4
+    for line, (path, reason) in zip(
+        lines,
+        [("0", "several"), ("1.0", "dropout"), ("2", "2 inputs"), ("3.2", "buffers")],
+        strict=True,
+    ):
+        assert f"`{path}`" in line and reason in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "reason"),
+    [
+        (("model",), TypeError, "must be an nn.Module"),
+        ((nn.Linear(2, 2), "magic"), ValueError, "'analytic' or 'autograd'"),
+    ],
+)
+def test_trace_refuses_bad_arguments(arguments, kind, reason):
+    options = {"gradient_method": arguments[1]} if len(arguments) > 1 else {}
+    with pytest.raises(kind, match=reason):
+        mep.trace(arguments[0], **options)
+
+
+def test_data_dependent_submodule_is_one_block():
+    at = problem("mlp")
+    inner = DataDependent()
+    at.model = nn.Sequential(nn.Linear(6, 3), inner, nn.Tanh(), nn.Linear(3, 4)).double()
+    assert [b.describe() for b in mep.trace(at.model)][1] == "DataDependent"
+    with torch.no_grad():
+        at.model[0].bias.fill_(9.0)  # the branch with the layer
+    mep.estimate(at.model, at.x, at.y, settler=mep.Limit())
+    assert distance([p.grad for p in at.model.parameters()], backprop(at)) < EXACT
+
+
+def swap_layer(model):
+    model[2] = nn.Linear(4, 2)
+
+
+def swap_activation(model):
+    model[1] = nn.ReLU()
+
+
+def add_hook(model):
+    model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def reload_weights(model):
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+
+
+def replace_parameter(model):
+    model[2].weight = nn.Parameter(torch.ones(2, 4))
+
+
+CHANGES = [swap_layer, swap_activation, add_hook, reload_weights, replace_parameter]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_after_the_first_use_is_noticed(change):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    before = mep.free_states(model, x)[-1]
+    change(model)
+    after = mep.free_states(model, x)[-1]
+    assert torch.equal(after, model(x)) and not torch.equal(after, before)
+
+
+def test_chain_has_length_and_each_parameter_once():
+    chain = mep.trace(Tied())
+    assert isinstance(chain, Chain) and len(chain) == len(list(chain)) == 4
+    assert len(list(chain.parameters())) == len(list(Tied().parameters()))
