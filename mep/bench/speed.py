@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -239,6 +239,7 @@ def plot(record: Record) -> Figure:
     axes[0].set(yscale="log")
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[0].legend(loc="upper left")
     axes[1].set_ylim(bottom=0)
     return figure
