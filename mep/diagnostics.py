@@ -19,7 +19,7 @@ from mep.contrast import (
     one_sided,
     settings,
 )
-from mep.energies import Cost, FreePhase, PredictionError
+from mep.energies import Cost, Energy, FreePhase
 from mep.settling import CONVERGED, LIMIT, Settled, Solver, settle
 
 __all__ = ["Alignment", "Diagnosis", "diagnose"]
@@ -88,7 +88,7 @@ def diagnose(
     beta: float | str | AutoBeta = "auto",
     settler: Solver | None = None,
     stencil: Stencil = one_sided,
-    energy: PredictionError | None = None,
+    energy: Energy | None = None,
     gradient_method: str = "analytic",
 ) -> Diagnosis:
     """Reports the regime of a run on one batch, without changing model, gradients or random state.
@@ -209,6 +209,6 @@ def _relative_displacement(nudged: Settled) -> float:
 
 
 def _regime(status: str, ratio: float) -> str:
-    if status == LIMIT or (status == CONVERGED and not ratio >= TRUE_DISPLACEMENT):
+    if status == LIMIT or ratio < TRUE_DISPLACEMENT:
         return "limit"
     return "finite nudge" if status == CONVERGED else "not settled"

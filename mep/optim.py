@@ -21,7 +21,7 @@ from mep.contrast import (
     settings,
 )
 from mep.contrast.phases import check_input
-from mep.energies import Cost, PredictionError, cost_of
+from mep.energies import Cost, Energy, cost_of
 from mep.settling import DIVERGED, GradientDescent, Solver
 from mep.updates import SGD
 
@@ -62,6 +62,9 @@ class EPOptimizer(torch.optim.Optimizer):
             ``step`` raises. >= 0.
 
     Attributes:
+        model, mode: as given.
+        how: the frozen strategy of the estimates.
+        rule: the update rule.
         last: the ``Estimate`` of the last EP step, None before the first.
         skipped: updates skipped so far because settling diverged or loss or gradients were not
             finite.
@@ -90,7 +93,7 @@ class EPOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         cost: str | Cost = "cross_entropy",
-        energy: PredictionError | None = None,
+        energy: Energy | None = None,
         settler: Solver | None = None,
         stencil: Stencil | None = None,
         beta: float | str | AutoBeta | None = None,
@@ -115,8 +118,9 @@ class EPOptimizer(torch.optim.Optimizer):
             "gradient_method": gradient_method,
         }
         chosen = {name: value for name, value in options.items() if value is not None}
-        if mode == "backprop" and chosen:
-            raise ValueError(f"mode='backprop' does not settle: drop {', '.join(sorted(chosen))}")
+        if chosen and (mode == "backprop" or model is None):
+            why = "mode='backprop' does not settle" if model else "without `model` nothing settles"
+            raise ValueError(f"{why}: drop {', '.join(sorted(chosen))}")
         self.model = model
         self.mode = mode
         self.rule = SGD()
@@ -194,8 +198,8 @@ class EPOptimizer(torch.optim.Optimizer):
         gradients: _Gradients = {}
         estimator = self._contrast if self.mode == "ep" else self._backprop
         with self._buffers.lend():
-            loss, usable = estimator(self.model, x, target, gradients)
-            self._update(gradients, usable)
+            loss, usable, keep_statistics = estimator(self.model, x, target, gradients)
+            keep_statistics(self._update(gradients, usable))
         return loss
 
     def _step_on_grad(self, closure: Callable[[], Any] | None) -> Any:
@@ -210,46 +214,52 @@ class EPOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _contrast(
         self, model: nn.Module, x: Tensor, target: Tensor, gradients: _Gradients
-    ) -> tuple[Tensor, bool]:
+    ) -> tuple[Tensor, bool, Callable[[bool], None]]:
         def collect(parameter: nn.Parameter, gradient: Tensor) -> None:
             known = gradients.get(id(parameter))
             gradients[id(parameter)] = gradient if known is None else known.add_(gradient)
 
         free = free_phase(model, x, target, self.how)
         self.last = contrast(free, self.how, collect)
-        return self.last.loss, self.last.status != DIVERGED
+        usable = self.last.status != DIVERGED
+        return self.last.loss, usable, lambda taken: free.commit() if taken else None
 
     def _backprop(
         self, model: nn.Module, x: Tensor, target: Tensor, gradients: _Gradients
-    ) -> tuple[Tensor, bool]:
+    ) -> tuple[Tensor, bool, Callable[[bool], None]]:
         check_input(model, x)
         buffers = [(b, b.clone()) for b in model.buffers()]
-        usable = False
+
+        def keep_statistics(taken: bool) -> None:
+            """Neither bad input nor a skipped update moves a running statistic."""
+            for buffer, before in buffers if not taken else ():
+                buffer.data.copy_(before)
+
         try:
             with torch.enable_grad():
                 loss = self.how.cost.mean(model(x), target)
-            usable = math.isfinite(loss.item())
-        finally:
-            if not usable:  # neither bad input nor a skipped update moves a running statistic
-                for buffer, before in buffers:
-                    buffer.data.copy_(before)
+        except Exception:
+            keep_statistics(False)
+            raise
         owned = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         found = torch.autograd.grad(loss, owned, allow_unused=True) if owned else ()
         gradients.update({id(p): g for p, g in zip(owned, found, strict=True) if g is not None})
-        return loss.detach(), usable
+        return loss.detach(), math.isfinite(loss.item()), keep_statistics
 
     @torch.no_grad()
-    def _update(self, gradients: _Gradients, usable: bool = True) -> None:
+    def _update(self, gradients: _Gradients, usable: bool = True) -> bool:
+        """Applies the rule unless something is not finite; returns whether it did."""
         # Sums over a batch may overflow where every residual was finite.
         usable = usable and _all_finite(gradients.values())
         self._count(usable)
         if not usable:
-            return
+            return False
         for group in self.param_groups:
             chosen = [p for p in group["params"] if id(p) in gradients]
             if chosen:
                 states = [self.state[p] for p in chosen]
                 self.rule.step(chosen, [gradients[id(p)] for p in chosen], states, group)
+        return True
 
     def _count(self, usable: bool) -> None:
         self.skipped_in_a_row = 0 if usable else self.skipped_in_a_row + 1

@@ -223,3 +223,11 @@ def test_bfloat16_is_measured_against_float64(name):
     assert found.dtype == "bfloat16"
     assert 0.9 < found.displacement_ratio < 1.1
     assert found.cosine > 0.98
+
+
+def test_agreement_at_exact_kinks():
+    """Half of the units of an identity start sit at exactly 0, where torch's ReLU has slope 0."""
+    torch.manual_seed(0)
+    model = mep.models.deep_mlp(10, 32, 20, 5)
+    x, y = torch.randn(16, 20), torch.randint(5, (16,))
+    assert mep.diagnose(model, x, y, settler=mep.Limit()).cosine > 1 - 1e-5  # float32

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 import mep
 from mep.blocks.chain import Chain
 
+# Two orders of adding up in float32
+SINGLE = 1e-5
+
 CHAINS = {
     "mlp": [("0", "Linear(6, 8)"), ("2", "Tanh > Linear(8, 7)"), ("4", "Tanh > Linear(7, 4)")],
     "residual": [
@@ -343,3 +346,51 @@ def test_chain_has_length_and_each_parameter_once():
     chain = mep.trace(Tied())
     assert isinstance(chain, Chain) and len(chain) == len(list(chain)) == 4
     assert len(list(chain.parameters())) == len(list(Tied().parameters()))
+
+
+class InPlaceStatement(nn.Module):
+    """Its activation is a statement whose result nobody takes."""
+
+    def __init__(self, apply):
+        super().__init__()
+        self.a, self.b, self.apply = nn.Linear(3, 4), nn.Linear(4, 2), apply
+
+    def forward(self, x):
+        h = self.a(x)
+        self.apply(h)
+        return self.b(h)
+
+
+@pytest.mark.parametrize(
+    "apply", [lambda h: h.relu_(), torch.relu_, lambda h: F.relu(h, inplace=True)], ids=range(3)
+)
+def test_in_place_statement_is_refused_and_never_dropped(apply):
+    with pytest.raises(mep.TraceError, match="works in place and its result is not used"):
+        mep.trace(InPlaceStatement(lambda h: apply(h)))
+
+
+@torch.fx.wrap
+def relu(x):
+    """Not torch's."""
+    return x.clamp(min=0) ** 2
+
+
+class OwnFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(relu(self.a(x)))
+
+
+def test_own_function_named_like_torchs_is_called():
+    model, x = OwnFunction(), torch.randn(5, 3)
+    assert torch.allclose(mep.free_states(model, x)[-1], model(x), atol=SINGLE)
+
+
+def test_changed_number_of_a_module_is_noticed():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 2)), torch.randn(5, 3)
+    mep.free_states(model, x)
+    model[1].negative_slope = 0.9
+    assert torch.allclose(mep.free_states(model, x)[-1], model(x), atol=SINGLE)

@@ -81,6 +81,10 @@ def _sigmoid_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
 
 
 def _relu() -> Activation:
+    def value(x: Tensor) -> Tensor:
+        out = take(x)  # clamp can write into it, but its own derivative at 0 is 1
+        return torch.relu(x) if out is None else torch.clamp(x, min=0, out=out)
+
     def pull(x: Tensor, y: Tensor, g: Tensor) -> Tensor:
         out = take(g)
         if out is None:
@@ -95,7 +99,7 @@ def _relu() -> Activation:
 
     return Activation(
         "relu",
-        lambda x: torch.clamp(x, min=0, out=take(x)),
+        value,
         pull,
         move,
         reads_input=False,
@@ -184,7 +188,7 @@ def _elu(alpha: float) -> Activation:
 def _hardtanh(low: float, high: float) -> Activation:
     return Activation(
         "hardtanh",
-        lambda x: x.clamp(low, high),
+        lambda x: F.hardtanh(x, low, high),
         lambda x, y, g: _kernel.hardtanh_backward(g, x, low, high),
         _with_sum(lambda x, y, d: _ramp_difference(x - low, d) - _ramp_difference(x - high, d)),
         box=(low, high),

@@ -24,6 +24,7 @@ class Buffers:
     def __init__(self) -> None:
         self._idle: dict[tuple, list[Tensor]] = defaultdict(list)
         self._lent: dict[int, tuple[list[Tensor], Tensor]] = {}
+        self._asked: set[tuple] = set()
 
     @contextmanager
     def lend(self) -> Iterator[None]:
@@ -36,9 +37,15 @@ class Buffers:
             for idle, tensor in reversed(self._lent.values()):
                 idle.append(tensor)
             self._lent.clear()
+            # Shapes that this step did not ask for (another batch size) are not kept.
+            for key in self._idle.keys() - self._asked:
+                del self._idle[key]
+            self._asked.clear()
 
     def _take(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        idle = self._idle[shape, like.dtype, like.device]
+        key = (shape, like.dtype, like.device)
+        self._asked.add(key)
+        idle = self._idle[key]
         tensor = idle.pop() if idle else torch.empty(shape, dtype=like.dtype, device=like.device)
         self._lent[id(tensor)] = (idle, tensor)
         return tensor

@@ -116,7 +116,7 @@ def trace(model: nn.Module, *, gradient_method: str = "analytic") -> Chain:
     >>> [block.describe() for block in chain]
     ['Linear(4, 8)', 'ReLU > Linear(8, 2)']
 
-    Source: Whittington & Bogacz 2017, eq. 2.4 (the chain); here with pre-activation states.
+    Source: Whittington & Bogacz 2017 (the chain); here with pre-activation states.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")

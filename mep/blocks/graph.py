@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-__all__ = ["Run", "as_module", "faults", "runs_of"]
+__all__ = ["Run", "as_module", "faults", "runs_of", "works_in_place"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ def faults(graph: fx.Graph) -> list[str]:
     if len(inputs) != 1:
         reasons.append(f"forward takes {len(inputs)} inputs ({', '.join(inputs)}); pass one tensor")
     for node in graph.nodes:
+        if not node.users and node.op not in ("placeholder", "output"):
+            reasons.append(
+                f"`{node.name}` works in place and its result is not used; write `h = ...` instead"
+            )
         if node.op == "output" and not isinstance(node.args[0], fx.Node):
             reasons.append("forward returns several values; return the output tensor alone")
         if node.op == "call_function" and "dropout" in getattr(node.target, "__name__", ""):
@@ -41,6 +45,15 @@ def faults(graph: fx.Graph) -> list[str]:
                 "use an nn.Dropout module"
             )
     return reasons
+
+
+def works_in_place(node: fx.Node, root: nn.Module) -> bool:
+    """True if a node changes its input, so that dropping it would change the model."""
+    if node.op == "call_module":
+        return getattr(root.get_submodule(str(node.target)), "inplace", False)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place_name = name.endswith("_") and not name.endswith("__")
+    return in_place_name or node.kwargs.get("inplace") is True or "out" in node.kwargs
 
 
 def runs_of(graph: fx.Graph) -> list[Run]:
@@ -139,18 +152,25 @@ def _subgraph(run: Run) -> fx.Graph:
     return graph
 
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
+# By the function itself, and by name for methods: a user's own `relu` may compute something else.
+_ACTIVATIONS: dict[Any, type[nn.Module]] = {
     "relu": nn.ReLU,
     "relu_": nn.ReLU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "elu": nn.ELU,
-    "leaky_relu": nn.LeakyReLU,
-    "hardtanh": nn.Hardtanh,
-    "relu6": nn.ReLU6,
-    "gelu": nn.GELU,
+    torch.relu: nn.ReLU,
+    torch.tanh: nn.Tanh,
+    torch.sigmoid: nn.Sigmoid,
+    F.relu: nn.ReLU,
+    F.tanh: nn.Tanh,
+    F.sigmoid: nn.Sigmoid,
+    F.silu: nn.SiLU,
+    F.softplus: nn.Softplus,
+    F.elu: nn.ELU,
+    F.leaky_relu: nn.LeakyReLU,
+    F.hardtanh: nn.Hardtanh,
+    F.relu6: nn.ReLU6,
+    F.gelu: nn.GELU,
 }
 _POOLS = {F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d, torch.max_pool2d: nn.MaxPool2d}
 
@@ -164,14 +184,15 @@ def _known_module(root: nn.Module, run: Run) -> nn.Module | None:
     if node.op == "call_module":
         return None if rest or options else root.get_submodule(str(node.target))
     options.pop("inplace", None)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name == "flatten" and not options and rest == (1,):
+    if node.target in (torch.flatten, "flatten") and not options and rest == (1,):
         return nn.Flatten()
-    if name in ("view", "reshape") and len(rest) == 2 and rest[1] == -1:
+    reshapes = node.target in (torch.reshape, "view", "reshape")
+    if reshapes and len(rest) == 2 and rest[1] == -1:
         return nn.Flatten() if isinstance(rest[0], fx.Node) and _is_batch_size(rest[0]) else None
     if node.target in _POOLS and all(isinstance(r, int) for r in rest):
         return _made(_POOLS[node.target], rest, options)
-    return _made(_ACTIVATIONS[name], (), options) if name in _ACTIVATIONS and not rest else None
+    kind = _ACTIVATIONS.get(node.target)
+    return _made(kind, (), options) if kind is not None and not rest else None
 
 
 def _made(kind: type[nn.Module], args: tuple, options: dict[str, Any]) -> nn.Module | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from mep.blocks.graph import Run, as_module, faults, runs_of
+from mep.blocks.graph import Run, as_module, faults, runs_of, works_in_place
 
 __all__ = ["Piece", "pieces_of"]
 
@@ -100,7 +100,8 @@ def _record(model: nn.Module) -> tuple[fx.Graph | None, str]:
     try:
         graph = _Tracer().trace(model)
         # A value that is never used (`out, _ = attend(...)`) must not keep a cut from closing.
-        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        ends = ("placeholder", "output")
+        graph.eliminate_dead_code(lambda n: n.op in ends or works_in_place(n, model))
         return graph, ""
     except Exception as error:  # the user's forward runs on proxies: anything may be raised
         return None, (

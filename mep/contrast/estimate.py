@@ -14,7 +14,7 @@ from mep.contrast.phases import free_phase
 from mep.contrast.settings import Settings, settings
 from mep.contrast.stencils import Stencil, one_sided
 from mep.contrast.strength import AutoBeta, strength_of
-from mep.energies import Cost, FreePhase, PredictionError
+from mep.energies import Cost, Energy, FreePhase
 from mep.settling import (
     CONVERGED,
     DIVERGED,
@@ -68,7 +68,7 @@ def estimate(
     beta: float | str | AutoBeta = "auto",
     settler: Solver | None = None,
     stencil: Stencil = one_sided,
-    energy: PredictionError | None = None,
+    energy: Energy | None = None,
     gradient_method: str = "analytic",
     weight: float = 1.0,
 ) -> Estimate:
@@ -101,7 +101,7 @@ def estimate(
     >>> found.status, tuple(found.residual.shape), model[0].weight.grad is not None
     ('converged', (5,), True)
 
-    Source: Scellier & Bengio 2017, eq. 10; Laborieux et al. 2021, eq. 8 (centered).
+    Source: Scellier & Bengio 2017; Laborieux et al. 2021 (centered).
     """
     if not math.isfinite(weight):
         raise ValueError(f"`weight` must be a finite number, got {weight}")
@@ -110,7 +110,10 @@ def estimate(
         gradient_method=gradient_method,
     )  # fmt: skip
     free = free_phase(model, x, target, how)
-    return contrast(free, how, _add_to_grad, weight=weight)
+    found = contrast(free, how, _add_to_grad, weight=weight)
+    if found.status != DIVERGED:
+        free.commit()
+    return found
 
 
 def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -133,6 +136,7 @@ def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0)
 
     Returns:
         The estimate. The sink was not called if a phase diverged or the loss is not finite.
+        Running statistics are the caller's to commit, once the gradients have been used.
     """
     beta = strength_of(how.beta, free)
     # The errors vanish at the free equilibrium: a node at 0 adds nothing.
@@ -151,7 +155,6 @@ def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0)
         for block, point, e in zip(free.chain, at.points, at.local_errors(), strict=True):
             for parameter, gradient in block.gradients(point, e, scale):
                 sink(parameter, gradient)
-    free.commit()
     return found
 
 

@@ -9,7 +9,7 @@ from mep.blocks import Chain
 from mep.contrast.phases import chain_of, check_input, free_phase
 from mep.contrast.settings import settings
 from mep.contrast.strength import AutoBeta, strength_of
-from mep.energies import Cost, PredictionError, cost_of
+from mep.energies import Cost, Energy, PredictionError, cost_of
 from mep.settling import Settled, Solver
 from mep.settling import settle as run
 
@@ -32,7 +32,7 @@ def free_states(model: nn.Module, x: Tensor) -> list[Tensor]:
     >>> [tuple(s.shape) for s in free_states(nn.Linear(3, 2), torch.zeros(4, 3))]
     [(4, 2)]
 
-    Source: Whittington & Bogacz 2017, eq. 2.4.
+    Source: Whittington & Bogacz 2017
     """
     chain = chain_of(model)
     check_input(chain, x)
@@ -47,7 +47,7 @@ def energy(
     *,
     beta: float,
     cost: str | Cost = "cross_entropy",
-    energy: PredictionError | None = None,
+    energy: Energy | None = None,
 ) -> Tensor:
     """Returns the total energy ``F_beta(s) = E(s) + beta C(s_L, y)`` per sample at any states.
 
@@ -70,7 +70,7 @@ def energy(
     >>> energy(model, x, free_states(model, x), torch.tensor([0]), beta=0.0).tolist()
     [0.0]
 
-    Source: Scellier & Bengio 2017, eq. 2.
+    Source: Scellier & Bengio 2017
     """
     chain = chain_of(model)
     check_input(chain, x)
@@ -88,7 +88,7 @@ def state_gradients(
     beta: float,
     cost: str | Cost = "cross_entropy",
     method: str = "analytic",
-    energy: PredictionError | None = None,
+    energy: Energy | None = None,
 ) -> list[Tensor]:
     """Returns the forces ``dF/ds_i`` of the per-sample energy (no division by the batch).
 
@@ -115,7 +115,7 @@ def state_gradients(
     >>> [float(f.norm()) for f in forces]
     [0.0]
 
-    Source: Whittington & Bogacz 2017, eq. 2.8.
+    Source: Whittington & Bogacz 2017
     """
     if method not in ("analytic", "autograd"):
         raise ValueError(f"`method` must be 'analytic' or 'autograd', got {method!r}")
@@ -140,7 +140,7 @@ def settle(
     cost: str | Cost = "cross_entropy",
     beta: float | str | AutoBeta = "auto",
     settler: Solver | None = None,
-    energy: PredictionError | None = None,
+    energy: Energy | None = None,
     gradient_method: str = "analytic",
 ) -> Settled:
     """Settles one nudged phase and returns it, without touching any gradient.

@@ -19,18 +19,20 @@ _chains = WeakKeyDictionary()
 
 
 def chain_of(model: nn.Module, gradient_method: str = "analytic") -> Chain:
-    """Returns the model's chain, traced once and again whenever a module has been exchanged."""
+    """Returns the model's chain, traced once and again whenever a module has been changed."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-    # A forward may have been recorded in one mode, and hooks rule closed forms out.
-    signature = tuple(
-        (id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
-        for m in model.modules()
-    )
+    signature = tuple(map(_signature, model.modules()))
     known = _chains.setdefault(model, {})
     if known.get(gradient_method, ((), None))[0] != signature:
         known[gradient_method] = (signature, trace(model, gradient_method=gradient_method))
     return known[gradient_method][1]
+
+
+def _signature(module: nn.Module) -> tuple:
+    """What a chain has frozen of a module: itself, its mode and numbers, its hooks."""
+    plain = [v for v in vars(module).values() if type(v) in (bool, int, float, str)]
+    return id(module), len(module._forward_hooks), len(module._forward_pre_hooks), *plain
 
 
 def free_phase(model: nn.Module, x: Tensor, target: Tensor, how: Settings) -> FreePhase:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mep.contrast.stencils import Stencil, one_sided
 from mep.contrast.strength import AutoBeta, check_beta
-from mep.energies import Cost, PredictionError, cost_of
+from mep.energies import Cost, Energy, PredictionError, cost_of
 from mep.settling import Solver, Sweep
 
 __all__ = ["Settings", "settings"]
@@ -20,7 +20,7 @@ class Settings:
     beta: float | AutoBeta
     settler: Solver
     stencil: Stencil
-    energy: PredictionError
+    energy: Energy
     gradient_method: str
 
 
@@ -30,7 +30,7 @@ def settings(
     beta: float | str | AutoBeta = "auto",
     settler: Solver | None = None,
     stencil: Stencil = one_sided,
-    energy: PredictionError | None = None,
+    energy: Energy | None = None,
     gradient_method: str = "analytic",
 ) -> Settings:
     """Checks and completes the options that ``estimate``, ``settle`` and the optimizer share.
@@ -43,7 +43,7 @@ def settings(
     if not callable(stencil):
         raise TypeError(f"`stencil` must be a function such as mep.one_sided, got {stencil!r}")
     _check_stencil(stencil)
-    if energy is not None and not isinstance(energy, PredictionError):
+    if energy is not None and not isinstance(energy, Energy):
         raise TypeError(
             f"`energy` must be a mep energy such as mep.PredictionError(), got {energy!r}"
         )

@@ -21,7 +21,7 @@ def one_sided(beta: float) -> Nodes:
     >>> one_sided(0.5)
     ((0.0, -2.0), (0.5, 2.0))
 
-    Source: Scellier & Bengio 2017, eq. 10.
+    Source: Scellier & Bengio 2017
     """
     return ((0.0, -1 / beta), (beta, 1 / beta))
 
@@ -32,7 +32,7 @@ def centered(beta: float) -> Nodes:
     >>> centered(0.5)
     ((-0.5, -1.0), (0.5, 1.0))
 
-    Source: Laborieux et al. 2021, eq. 8.
+    Source: Laborieux et al. 2021.
     """
     return ((-beta, -1 / (2 * beta)), (beta, 1 / (2 * beta)))
 

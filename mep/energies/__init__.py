@@ -1,6 +1,7 @@
 """Energies of a chain, costs at its output, and the nudged problem they pose."""
 
 from mep.energies.costs import Cost, CrossEntropy, SquaredError, cost_of
+from mep.energies.energy import Energy
 from mep.energies.free import FreePhase
 from mep.energies.nudged import Configuration, Nudged
 from mep.energies.outputs import KL, OutputEnergy, Squared
@@ -11,6 +12,7 @@ __all__ = [
     "Configuration",
     "Cost",
     "CrossEntropy",
+    "Energy",
     "FreePhase",
     "Nudged",
     "OutputEnergy",

@@ -46,23 +46,27 @@ class FreePhase:
         """``dC/ds_L`` at the free output."""
         return self.cost.gradient(self.states[-1], self.target)
 
-    @cached_property
+    @property
     def unit(self) -> Messages:
         """The backward sweep at the free states, per unit of beta: from ``e_L = -dC/ds_L``."""
+        return self._swept[0]
+
+    @cached_property
+    def _swept(self) -> tuple[Messages, list[Tensor]]:
+        """The backward sweep and the norms of its errors, the output's first."""
         e = -self.cost_gradient
-        errors, products, self._norms = [e], [], [torch.linalg.vector_norm(e)]
+        errors, products, norms = [e], [], [torch.linalg.vector_norm(e)]
         for block, point in zip(self.chain.blocks[:0:-1], self.points[:0:-1], strict=True):
             products.append(block.product(point, e))
             e = block.pull(point, products[-1])
             errors.append(e)
-            self._norms.append(torch.linalg.vector_norm(e))  # while it is in the cache
-        return Messages(errors[::-1], products[::-1])
+            norms.append(torch.linalg.vector_norm(e))  # while it is in the cache
+        return Messages(errors[::-1], products[::-1]), norms
 
     @cached_property
     def gain(self) -> float:
         """``kappa = sum_i ||e_i||^2 / ||e_L||^2``: how much every layer's move adds up."""
-        assert self.unit  # the backward sweep leaves the norms, the output's first
-        norms = torch.stack(self._norms)
+        norms = torch.stack(self._swept[1])
         gain = float((norms / norms[0]).square_().sum())
         # Nothing to learn from this batch, or an overflow that settling will report: any will do.
         return gain if math.isfinite(gain) and gain > 0 else float(len(norms))

@@ -80,7 +80,7 @@ class KL(OutputEnergy):
     >>> KL(temperature=2.0).value(torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 3.0]]))
     tensor([0.])
 
-    Source: Pinchetti et al. 2022, "Predictive coding beyond Gaussian distributions", eq. 6.
+    Source: Pinchetti et al. 2022, "Predictive coding beyond Gaussian distributions".
     """
 
     temperature: float = 1.0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mep.blocks import Chain
 from mep.energies.costs import Cost
+from mep.energies.energy import Energy
 from mep.energies.free import FreePhase
 from mep.energies.nudged import Nudged
 from mep.energies.outputs import OutputEnergy, Squared
@@ -17,14 +18,14 @@ __all__ = ["PredictionError"]
 
 
 @dataclass(frozen=True)
-class PredictionError:
+class PredictionError(Energy):
     """``E(s) = sum_i 1/2 ||s_i - f_i(s_{i-1})||^2`` per sample, with a choice for the output.
 
     Args:
         output: energy of the output layer: ``Squared()`` as in every other layer, or
             ``KL(temperature)``.
 
-    Source: Whittington & Bogacz 2017, eq. 2.5, with unit variances.
+    Source: Whittington & Bogacz 2017, with unit variances.
     """
 
     output: OutputEnergy = field(default_factory=Squared)

@@ -112,7 +112,7 @@ class Solver(ABC):
     def step(self, problem: Problem, iterate: Iterate) -> Iterate:
         """Returns the next iterate."""
 
-    def stalled(self, history: list[Tensor]) -> bool:
+    def stalled(self, history: list[Any]) -> bool:
         """True if further steps are pointless. Only asked where ``tol`` is set."""
         return False
 
@@ -144,10 +144,10 @@ def settle(problem: Problem, solver: Solver) -> Settled:
     return Settled(iterate.configuration, iterate.residual, steps, status, medians)
 
 
-def _may_stop(solver: Solver, history: list[Tensor]) -> bool:
+def _may_stop(solver: Solver, history: list[Any]) -> bool:
     if solver.tol is None:
         return False
-    median = float(history[-1])  # the one read per step
+    history[-1] = median = float(history[-1])  # the one read per step
     return median <= solver.tol or median != median or solver.stalled(history)
 
 

@@ -18,7 +18,7 @@ class Residual:
 
     Attributes:
         per_sample: shape ``(B,)``; 0 where the nudge vanishes.
-        nudge: ``||beta dC/ds_L||``, shape ``(B,)``.
+        nudge: ``||dC/ds_L||``, shape ``(B,)``: what samples weigh in the aggregate.
     """
 
     per_sample: Tensor

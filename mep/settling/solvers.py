@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class GradientDescent(Solver):
     >>> GradientDescent(max_steps=30, tol=1e-3)
     GradientDescent(max_steps=30, lr=0.2, momentum=0.5, tol=0.001, patience=5)
 
-    Source: Scellier & Bengio 2017, eq. 4.
+    Source: Scellier & Bengio 2017
     """
 
     max_steps: int = 10
@@ -74,8 +75,8 @@ class GradientDescent(Solver):
         forces, residual = problem.forces(moved)
         return Iterate(moved, residual, (forces, velocity))
 
-    def stalled(self, history: list[Tensor]) -> bool:
-        best = min(range(len(history)), key=lambda k: float(history[k]))
+    def stalled(self, history: list[Any]) -> bool:
+        best = min(range(len(history)), key=history.__getitem__)
         return len(history) - 1 - best >= self.patience
 
 

@@ -186,6 +186,6 @@ def _set_generators(states: list[Tensor], device: torch.device) -> None:
 
 
 def _seeded(seed: int, device: torch.device) -> list[Tensor]:
-    """Fresh generator states: the same for every arm, so dropout draws the same masks."""
+    """Fresh generator states: the same for every arm, so their streams are equal."""
     kinds = [torch.device("cpu")] + ([device] if device.type == "cuda" else [])
     return [torch.Generator(kind).manual_seed(seed).get_state() for kind in kinds]
