@@ -11,7 +11,7 @@ from torch import nn
 import mep
 from mep.data import Dataset
 
-__all__ = ["DEFAULTS", "MODELS", "SCHEDULES", "SETTLERS", "STENCILS", "Defaults"]
+__all__ = ["DEFAULTS", "MODELS", "SETTLERS", "STENCILS", "Defaults"]
 
 
 @dataclass(frozen=True)
@@ -69,5 +69,3 @@ STENCILS = {
     "centered": mep.centered,
     "five-point": mep.five_point,
 }
-
-SCHEDULES = ("one-cycle", "constant")

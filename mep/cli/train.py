@@ -14,8 +14,8 @@ from torch import nn
 import mep
 from mep.bench import train as contest
 from mep.cli import choices, options
-from mep.cli.names import DEFAULTS, SCHEDULES
-from mep.training import Observer, ProgressBar, TensorBoard, TrainingConfig
+from mep.cli.names import DEFAULTS
+from mep.training import SCHEDULES, Observer, ProgressBar, TensorBoard, TrainingConfig
 
 __all__ = ["train"]
 

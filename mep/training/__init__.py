@@ -3,12 +3,13 @@
 from mep.training.arm import Arm
 from mep.training.atomic import atomic_write
 from mep.training.checkpoint import CheckpointError, Checkpointing, load_checkpoint
-from mep.training.config import TrainingConfig
+from mep.training.config import SCHEDULES, TrainingConfig
 from mep.training.evaluation import accuracy
 from mep.training.loop import fit
 from mep.training.observers import Observer, ProgressBar, TensorBoard
 
 __all__ = [
+    "SCHEDULES",
     "Arm",
     "CheckpointError",
     "Checkpointing",

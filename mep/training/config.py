@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["TrainingConfig"]
+__all__ = ["SCHEDULES", "TrainingConfig"]
 
 SCHEDULES = ("one-cycle", "constant")
 
