@@ -32,7 +32,7 @@ def free_states(model: nn.Module, x: Tensor) -> list[Tensor]:
     >>> [tuple(s.shape) for s in free_states(nn.Linear(3, 2), torch.zeros(4, 3))]
     [(4, 2)]
 
-    Source: Whittington & Bogacz 2017
+    Source: Whittington & Bogacz 2017.
     """
     chain = chain_of(model)
     check_input(chain, x)
@@ -70,7 +70,7 @@ def energy(
     >>> energy(model, x, free_states(model, x), torch.tensor([0]), beta=0.0).tolist()
     [0.0]
 
-    Source: Scellier & Bengio 2017
+    Source: Scellier & Bengio 2017.
     """
     chain = chain_of(model)
     check_input(chain, x)
@@ -115,7 +115,7 @@ def state_gradients(
     >>> [float(f.norm()) for f in forces]
     [0.0]
 
-    Source: Whittington & Bogacz 2017
+    Source: Whittington & Bogacz 2017.
     """
     if method not in ("analytic", "autograd"):
         raise ValueError(f"`method` must be 'analytic' or 'autograd', got {method!r}")

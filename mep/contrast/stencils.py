@@ -18,16 +18,28 @@ Stencil = Callable[[float], Nodes]
 def one_sided(beta: float) -> Nodes:
     """``(F'(beta) - F'(0)) / beta``: order of accuracy 1, one nudged phase.
 
+    Args:
+        beta: the largest ``|beta_k|``, > 0.
+
+    Returns:
+        The nodes ``(beta_k, w_k)``.
+
     >>> one_sided(0.5)
     ((0.0, -2.0), (0.5, 2.0))
 
-    Source: Scellier & Bengio 2017
+    Source: Scellier & Bengio 2017.
     """
     return ((0.0, -1 / beta), (beta, 1 / beta))
 
 
 def centered(beta: float) -> Nodes:
     """``(F'(beta) - F'(-beta)) / 2 beta``: order 2, two nudged phases.
+
+    Args:
+        beta: the largest ``|beta_k|``, > 0.
+
+    Returns:
+        The nodes ``(beta_k, w_k)``.
 
     >>> centered(0.5)
     ((-0.5, -1.0), (0.5, 1.0))
@@ -39,6 +51,12 @@ def centered(beta: float) -> Nodes:
 
 def five_point(beta: float) -> Nodes:
     """Fourth-order stencil on ``+-beta/2, +-beta``, four nudged phases.
+
+    Args:
+        beta: the largest ``|beta_k|``, > 0.
+
+    Returns:
+        The nodes ``(beta_k, w_k)``.
 
     >>> [round(weight, 6) for _, weight in five_point(1.0)]
     [0.166667, -1.333333, 1.333333, -0.166667]

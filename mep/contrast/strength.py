@@ -25,6 +25,8 @@ class AutoBeta:
 
     >>> AutoBeta(c=0.5)
     AutoBeta(c=0.5)
+
+    Source: this library's own; the gain follows from the equilibrium equations, see the README.
     """
 
     c: float = 0.05

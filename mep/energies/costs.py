@@ -94,7 +94,7 @@ class SquaredError(Cost):
     >>> SquaredError().mean(torch.zeros(1, 3), torch.tensor([1]))
     tensor(0.5000)
 
-    Source: Scellier & Bengio 2017
+    Source: Scellier & Bengio 2017.
     """
 
     name: ClassVar[str] = "mse"

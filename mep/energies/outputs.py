@@ -40,7 +40,13 @@ class OutputEnergy(ABC):
 
 @dataclass(frozen=True)
 class Squared(OutputEnergy):
-    """``E_L = 1/2 ||v||^2``: the prediction error, as in every other layer."""
+    """``E_L = 1/2 ||v||^2``: the prediction error, as in every other layer.
+
+    >>> Squared().value(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
+    tensor([12.5000])
+
+    Source: Whittington & Bogacz 2017.
+    """
 
     def value(self, v: Tensor, f: Tensor) -> Tensor:
         return 0.5 * v.flatten(1).square().sum(1)

@@ -25,6 +25,9 @@ class PredictionError(Energy):
         output: energy of the output layer: ``Squared()`` as in every other layer, or
             ``KL(temperature)``.
 
+    >>> PredictionError()
+    PredictionError(output=Squared())
+
     Source: Whittington & Bogacz 2017, with unit variances.
     """
 

@@ -37,7 +37,7 @@ class GradientDescent(Solver):
     >>> GradientDescent(max_steps=30, tol=1e-3)
     GradientDescent(max_steps=30, lr=0.2, momentum=0.5, tol=0.001, patience=5)
 
-    Source: Scellier & Bengio 2017
+    Source: Scellier & Bengio 2017.
     """
 
     max_steps: int = 10
@@ -133,6 +133,9 @@ class Anderson(Solver):
 
     Raises:
         ValueError: if a number is out of range.
+
+    >>> Anderson(memory=3)
+    Anderson(max_steps=10, tol=0.01, memory=3, damping=1.0)
 
     Source: Walker & Ni 2011, eq. 2.1.
     """

@@ -20,6 +20,12 @@ class SGD(Rule):
     Group numbers: ``lr`` >= 0, ``lr_scale`` >= 0 (multiplies it), ``momentum`` in [0, 1),
     ``weight_decay`` >= 0, ``nesterov`` (needs momentum). torch's own fused kernels do the work.
 
+    >>> theta = torch.ones(1)
+    >>> numbers = {"lr": 0.1, "lr_scale": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+    >>> SGD().step([theta], [torch.ones(1)], [{}], {**numbers, "nesterov": False})
+    >>> theta
+    tensor([0.9000])
+
     Source: Sutskever et al. 2013, eqs. 1-2, in torch's convention for ``lr``.
     """
 
