@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mep.blocks.buffers import take
-
 __all__ = ["Activation", "of_module"]
 
 _kernel = torch.ops.aten
+
+# Where ``move`` may write: the difference, the new value, and something to throw away.
+_Room = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NO_ROOM: _Room = (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,18 @@ class Activation:
         move: ``(x, y, d, x_new) -> (phi(x + d) - phi(x), phi(x + d))`` with ``x_new = x + d``; the
             difference is free of cancellation.
         reads_input: False if ``pull`` looks at ``y`` and ``g`` alone; ``x`` need not be kept then.
+        writes: True if ``value`` and ``pull`` take ``out=``, a tensor to write into, and ``move``
+            takes ``room=``: three tensors, for the difference, the new value and for anything
+            (which may be ``x_new``).
         box: for ramps (slope 1 inside, 0 outside), the two kinks; None for everything else.
     """
 
     name: str
-    value: Callable[[Tensor], Tensor]
-    pull: Callable[[Tensor, Tensor, Tensor], Tensor]
-    move: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    value: Callable[..., Tensor]
+    pull: Callable[..., Tensor]
+    move: Callable[..., tuple[Tensor, Tensor]]
     reads_input: bool = True
+    writes: bool = False
     box: tuple[float, float] | None = None
 
 
@@ -57,10 +63,11 @@ def _ramp_difference(x: Tensor, d: Tensor) -> Tensor:
     return torch.maximum(d, -x).add_(x.clamp(max=0))
 
 
-def _tanh_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
+def _tanh_difference(y: Tensor, y_new: Tensor, d: Tensor, room: _Room = _NO_ROOM) -> Tensor:
     """``tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)``."""
     one = _one(d.dtype, d.device)
-    return torch.addcmul(one, y, y_new, value=-1, out=take(d)).mul_(torch.tanh(d))
+    rest = torch.addcmul(one, y, y_new, value=-1, out=room[0])
+    return rest.mul_(torch.tanh(d, out=room[2]))
 
 
 def _with_sum(
@@ -81,50 +88,41 @@ def _sigmoid_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
 
 
 def _relu() -> Activation:
-    def value(x: Tensor) -> Tensor:
-        out = take(x)  # clamp can write into it, but its own derivative at 0 is 1
+    def value(x: Tensor, out: Tensor | None = None) -> Tensor:
+        # clamp can write into `out`, but its own derivative at 0 is 1
         return torch.relu(x) if out is None else torch.clamp(x, min=0, out=out)
 
-    def pull(x: Tensor, y: Tensor, g: Tensor) -> Tensor:
-        out = take(g)
+    def pull(x: Tensor, y: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
             return _kernel.threshold_backward(g, y, 0)
         return _kernel.threshold_backward.grad_input(g, y, 0, grad_input=out)
 
-    def move(x: Tensor, y: Tensor, d: Tensor, x_new: Tensor) -> tuple[Tensor, Tensor]:
+    def move(
+        x: Tensor, y: Tensor, d: Tensor, x_new: Tensor, room: _Room = _NO_ROOM
+    ) -> tuple[Tensor, Tensor]:
+        y_new = torch.clamp(x_new, min=0, out=room[1])
         # max(d + min(x, 0), -max(x, 0)): exactly d or 0 where the kink is not crossed
-        delta = torch.sub(x, y, out=take(d)).add_(d)
-        torch.maximum(delta, -y, out=delta)
-        return delta, torch.clamp(x_new, min=0, out=take(x))
+        delta = torch.sub(x, y, out=room[0]).add_(d)
+        return torch.maximum(delta, torch.neg(y, out=room[2]), out=delta), y_new
 
     return Activation(
-        "relu",
-        value,
-        pull,
-        move,
-        reads_input=False,
-        box=(0.0, math.inf),
+        "relu", value, pull, move, reads_input=False, writes=True, box=(0.0, math.inf)
     )
 
 
 def _tanh() -> Activation:
-    def pull(x: Tensor, y: Tensor, g: Tensor) -> Tensor:
-        out = take(g)
+    def pull(x: Tensor, y: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
             return _kernel.tanh_backward(g, y)
         return _kernel.tanh_backward.grad_input(g, y, grad_input=out)
 
-    def move(x: Tensor, y: Tensor, d: Tensor, x_new: Tensor) -> tuple[Tensor, Tensor]:
-        y_new = torch.tanh(x_new, out=take(x))
-        return _tanh_difference(y, y_new, d), y_new
+    def move(
+        x: Tensor, y: Tensor, d: Tensor, x_new: Tensor, room: _Room = _NO_ROOM
+    ) -> tuple[Tensor, Tensor]:
+        y_new = torch.tanh(x_new, out=room[1])
+        return _tanh_difference(y, y_new, d, room), y_new
 
-    return Activation(
-        "tanh",
-        lambda x: torch.tanh(x, out=take(x)),
-        pull,
-        move,
-        reads_input=False,
-    )
+    return Activation("tanh", torch.tanh, pull, move, reads_input=False, writes=True)
 
 
 def _sigmoid() -> Activation:

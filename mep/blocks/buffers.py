@@ -7,7 +7,6 @@ write into tensors kept from earlier steps; outside, ``take`` returns None and t
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,16 +14,47 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["Buffers", "give", "take"]
+__all__ = ["Buffers", "Shelf", "give", "shelf", "take"]
+
+
+class Shelf:
+    """Tensors of one shape, dtype and device."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._kind = shape, dtype, device
+        self._idle: list[Tensor] = []
+        self._lent: dict[int, Tensor] = {}
+        self._asked = False
+
+    def take(self) -> Tensor:
+        """Returns a tensor to write into; it comes back by ``give`` or at the end of the step."""
+        if self._idle:
+            tensor = self._idle.pop()
+        else:
+            shape, dtype, device = self._kind
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+        self._lent[id(tensor)] = tensor
+        self._asked = True
+        return tensor
+
+    def give(self, tensor: Tensor) -> None:
+        """Takes a tensor back; one that was not lent here is none of its business."""
+        if self._lent.pop(id(tensor), None) is not None:
+            self._idle.append(tensor)
+
+    def close(self) -> bool:
+        """Takes everything back; returns whether anything had been asked for."""
+        self._idle += reversed(self._lent.values())
+        self._lent.clear()
+        asked, self._asked = self._asked, False
+        return asked
 
 
 class Buffers:
     """Tensors lent out during a step and taken back at its end."""
 
     def __init__(self) -> None:
-        self._idle: dict[tuple, list[Tensor]] = defaultdict(list)
-        self._lent: dict[int, tuple[list[Tensor], Tensor]] = {}
-        self._asked: set[tuple] = set()
+        self._shelves: dict[tuple, Shelf] = {}
 
     @contextmanager
     def lend(self) -> Iterator[None]:
@@ -34,29 +64,32 @@ class Buffers:
             yield
         finally:
             _active.reset(token)
-            for idle, tensor in reversed(self._lent.values()):
-                idle.append(tensor)
-            self._lent.clear()
             # Shapes that this step did not ask for (another batch size) are not kept.
-            for key in self._idle.keys() - self._asked:
-                del self._idle[key]
-            self._asked.clear()
+            self._shelves = {k: shelf for k, shelf in self._shelves.items() if shelf.close()}
 
-    def _take(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        key = (shape, like.dtype, like.device)
-        self._asked.add(key)
-        idle = self._idle[key]
-        tensor = idle.pop() if idle else torch.empty(shape, dtype=like.dtype, device=like.device)
-        self._lent[id(tensor)] = (idle, tensor)
-        return tensor
-
-    def _give(self, tensor: Tensor) -> None:
-        entry = self._lent.pop(id(tensor), None)
-        if entry is not None:
-            entry[0].append(tensor)
+    def _shelf(self, shape: tuple[int, ...], like: Tensor) -> Shelf:
+        key = shape, like.dtype, like.device
+        found = self._shelves.get(key)
+        if found is None:
+            found = self._shelves[key] = Shelf(*key)
+        return found
 
 
 _active: ContextVar[Buffers | None] = ContextVar("active buffers", default=None)
+
+
+def shelf(like: Tensor, shape: tuple[int, ...] | None = None) -> Shelf | None:
+    """Returns the shelf for one kind of tensor, or None outside ``Buffers.lend()``.
+
+    Args:
+        like: gives dtype and device, and the shape unless that is given.
+        shape: of the tensors.
+
+    >>> shelf(torch.zeros(2)) is None
+    True
+    """
+    buffers = _active.get()
+    return None if buffers is None else buffers._shelf(shape or like.shape, like)
 
 
 def take(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor | None:
@@ -69,12 +102,12 @@ def take(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor | None:
     >>> take(torch.zeros(2)) is None
     True
     """
-    buffers = _active.get()
-    return None if buffers is None else buffers._take(like, like.shape if shape is None else shape)
+    found = shelf(like, shape)
+    return None if found is None else found.take()
 
 
 def give(tensor: Tensor) -> None:
     """Returns a tensor before the step ends: nobody reads it any more, and it is in the cache."""
-    buffers = _active.get()
-    if buffers is not None:
-        buffers._give(tensor)
+    found = shelf(tensor)
+    if found is not None:
+        found.give(tensor)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mep.blocks.block import Block
 from mep.blocks.closed import ClosedBlock
+from mep.blocks.dense import DenseBlock
 from mep.blocks.layers import layer_of
 from mep.blocks.local import LocalBlock
 from mep.blocks.operations import operation_of
@@ -40,6 +41,16 @@ class Chain:
 
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks = blocks
+        modules = (m for block in blocks for root in block.modules for m in root.modules())
+        # Where a parameter is looked up: a step asks for one, and walking there takes longer.
+        known = ((m._parameters, name, p) for m in modules for name, p in m._parameters.items())
+        self._home, self._name = next((home, name) for home, name, p in known if p is not None)
+
+    @property
+    def parameter(self) -> Tensor:
+        """A parameter of the chain: what it says of dtype and device holds for all."""
+        found = self._home[self._name]
+        return next(self.parameters()) if found is None else found
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -180,5 +191,7 @@ def _block(group: list[Piece], closed: bool) -> Block:
     known = [op for op in operations if op is not None]
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
     if closed and not hooked and len(known) == len(operations):
+        if layer is not None and DenseBlock.fits(known, layer):
+            return DenseBlock(name, modules, known, layer)
         return ClosedBlock(name, modules, known, layer)
     return LocalBlock(name, modules)

@@ -13,11 +13,11 @@ from mep.blocks.buffers import give, take
 from mep.blocks.layers import Layer
 from mep.blocks.operations import Memo, Operation, Pointwise
 
-__all__ = ["ClosedBlock"]
+__all__ = ["ClosedBlock", "Point"]
 
 
 @dataclass
-class _Point:
+class Point:
     """One evaluation: the input, the value after every operation, and the operations' memos."""
 
     values: list[Tensor]
@@ -45,22 +45,22 @@ class ClosedBlock(Block):
         lead = operations[0] if operations else None
         self.box = lead.activation.box if isinstance(lead, Pointwise) else None
 
-    def predict(self, s: Tensor) -> tuple[Tensor, _Point]:
+    def predict(self, s: Tensor) -> tuple[Tensor, Point]:
         values, memos = [s], []
         for operation in self.operations:
             y, memo = operation.apply(values[-1])
             values.append(y)
             memos.append(memo)
         a = values[-1]
-        return (a if self.layer is None else self.layer.apply(a)), _Point(values, memos)
+        return (a if self.layer is None else self.layer.apply(a)), Point(values, memos)
 
-    def product(self, point: _Point, e: Tensor) -> Tensor:
+    def product(self, point: Point, e: Tensor) -> Tensor:
         return e if self.layer is None else self.layer.pull(point.values[-1], e)
 
-    def pull(self, point: _Point, product: Tensor) -> Tensor:
+    def pull(self, point: Point, product: Tensor) -> Tensor:
         return self._pull_through(point, product, 0)
 
-    def inner(self, point: _Point, product: Tensor) -> Tensor | None:
+    def inner(self, point: Point, product: Tensor) -> Tensor | None:
         return None if self.box is None else self._pull_through(point, product, 1)
 
     def at_rest(self, s: Tensor, delta: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,13 +85,13 @@ class ClosedBlock(Block):
         least, most = torch.minimum(one_side, other_side), torch.maximum(one_side, other_side)
         return e - torch.clamp(e, least, most)
 
-    def _pull_through(self, point: _Point, g: Tensor, first: int) -> Tensor:
+    def _pull_through(self, point: Point, g: Tensor, first: int) -> Tensor:
         for k in reversed(range(first, len(self.operations))):
             g = self.operations[k].pull(point.values[k], point.values[k + 1], point.memos[k], g)
         return g
 
-    def difference(self, point: _Point, d: Tensor) -> tuple[Tensor, _Point]:
-        s = point.values[0]
+    def difference(self, point: Point, d: Tensor) -> tuple[Tensor, Point]:
+        given, s = d, point.values[0]
         s_new = torch.add(s, d, out=take(d))
         values, memos = [s_new], []
         for k, operation in enumerate(self.operations):
@@ -102,10 +102,15 @@ class ClosedBlock(Block):
         if self.operations and not self.operations[0].reads_input:
             values[0] = s  # its shape is all that will be asked for
             give(s_new)
-        return (d.clone() if self.layer is None else self.layer.push(d)), _Point(values, memos)
+        if self.layer is None:
+            return d.clone(), Point(values, memos)
+        pushed = self.layer.push(d)
+        if d is not given:
+            give(d)
+        return pushed, Point(values, memos)
 
     def gradients(
-        self, point: _Point, e: Tensor, scale: float
+        self, point: Point, e: Tensor, scale: float
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         if self.layer is None:
             return

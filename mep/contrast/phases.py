@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,25 +15,43 @@ from mep.energies import FreePhase
 
 __all__ = ["chain_of", "check_input", "free_phase"]
 
-_chains: WeakKeyDictionary[nn.Module, dict[str, tuple[tuple, Chain]]]
+_chains: WeakKeyDictionary[nn.Module, dict[str, tuple[list[_Seen], Chain]]]
 _chains = WeakKeyDictionary()
+
+
+class _Seen:
+    """What a chain has frozen of a module: its children, its mode and numbers, its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.state = vars(module)
+        plain = [name for name, v in self.state.items() if type(v) in (bool, int, float, str)]
+        self.read = itemgetter("training", *plain)
+        self.numbers, self.parts = self.read(self.state), self._parts()
+
+    def _parts(self) -> tuple:
+        state = self.state
+        hooks = len(state["_forward_hooks"]), len(state["_forward_pre_hooks"])
+        return hooks, [*state["_modules"].values()]
+
+    def unchanged(self) -> bool:
+        """True if the module is as it was."""
+        try:
+            return self.read(self.state) == self.numbers and self._parts() == self.parts
+        except KeyError:  # an attribute is gone
+            return False
 
 
 def chain_of(model: nn.Module, gradient_method: str = "analytic") -> Chain:
     """Returns the model's chain, traced once and again whenever a module has been changed."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-    signature = tuple(map(_signature, model.modules()))
     known = _chains.setdefault(model, {})
-    if known.get(gradient_method, ((), None))[0] != signature:
-        known[gradient_method] = (signature, trace(model, gradient_method=gradient_method))
-    return known[gradient_method][1]
-
-
-def _signature(module: nn.Module) -> tuple:
-    """What a chain has frozen of a module: itself, its mode and numbers, its hooks."""
-    plain = [v for v in vars(module).values() if type(v) in (bool, int, float, str)]
-    return id(module), len(module._forward_hooks), len(module._forward_pre_hooks), *plain
+    seen, chain = known.get(gradient_method, (None, None))
+    # One look per module at every step: no walk through the tree, no new lists of names.
+    if chain is None or seen is None or not all(module.unchanged() for module in seen):
+        chain = trace(model, gradient_method=gradient_method)
+        known[gradient_method] = [_Seen(module) for module in model.modules()], chain
+    return chain
 
 
 def free_phase(model: nn.Module, x: Tensor, target: Tensor, how: Settings) -> FreePhase:
@@ -58,7 +77,7 @@ def check_input(model: Chain | nn.Module, x: Tensor) -> None:
         raise TypeError(f"`x` must be a Tensor, got {type(x).__name__}")
     if x.dim() < 1 or x.numel() == 0:
         raise ValueError(f"`x` is empty (shape {tuple(x.shape)}); pass at least one sample")
-    parameter = next(model.parameters())
+    parameter = model.parameter if isinstance(model, Chain) else next(model.parameters())
     if parameter.dtype == torch.float16:
         raise TypeError("float16 models are not supported: nudges underflow; use bfloat16")
     if x.device != parameter.device:

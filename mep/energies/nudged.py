@@ -81,7 +81,7 @@ class Nudged:
     def start_residual(self) -> Residual:
         # Every force vanishes at the free equilibrium but the nudge itself.
         nudge = _norm(self.free.cost_gradient)
-        return Residual((nudge > 0).to(nudge.dtype), nudge)
+        return Residual(nudge.sign(), nudge)
 
     def limit(self) -> Configuration:
         at, messages = self.start(), self.free.unit
@@ -119,8 +119,10 @@ class Nudged:
                 points.append(point)
                 if messages.products is not None:  # the force below, while all is in the cache
                     pulled = block.pull(point, messages.products[i - 1])
-                    norms.append(_norm(errors[i - 1] - pulled))
-                    if pulled is not messages.products[i - 1]:
+                    if pulled is messages.products[i - 1]:
+                        norms.append(_norm(errors[i - 1] - pulled))
+                    else:
+                        norms.append(_norm(pulled.sub_(errors[i - 1])))
                         give(pulled)
             inner = messages.inners[i] if messages.inners else None
             if inner is None:
@@ -219,4 +221,4 @@ class Nudged:
 
 def _norm(t: Tensor) -> Tensor:
     """Norm per sample, shape ``(B,)``."""
-    return torch.linalg.vector_norm(t.flatten(1), dim=1)
+    return torch.linalg.vector_norm(t if t.dim() == 2 else t.flatten(1), dim=1)

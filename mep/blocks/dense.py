@@ -1,0 +1,99 @@
+"""The block that most networks are made of, a pointwise activation and Linear, without detours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mep.blocks.buffers import Shelf, shelf, take
+from mep.blocks.closed import ClosedBlock, Point
+from mep.blocks.layers import Layer, Linear
+from mep.blocks.operations import Operation, Pointwise
+
+__all__ = ["DenseBlock"]
+
+
+class DensePoint(Point):
+    """A point that knows where tensors like its input and like its prediction are kept."""
+
+    def __init__(self, s: Tensor, y: Tensor, inputs: Shelf, outputs: Shelf) -> None:
+        self.values, self.memos = [s, y], [None]
+        self.inputs = inputs
+        self.outputs = outputs
+
+
+class DenseBlock(ClosedBlock):
+    """``f(s) = W phi(s) + b`` on vectors: the fast path of ``ClosedBlock``, which is its reference.
+
+    Between two products there is little arithmetic, so that Python takes a good part of the time:
+    here every question is answered by one function, into buffers. Outside ``Buffers.lend()`` the
+    reference answers.
+    """
+
+    def __init__(
+        self, name: str, modules: list[nn.Module], operations: list[Operation], layer: Layer
+    ) -> None:
+        super().__init__(name, modules, operations, layer)
+        lead = operations[0]
+        assert isinstance(lead, Pointwise)
+        self.activation = lead.activation
+        self._of_layer: dict[str, Any] = layer.module._parameters
+
+    @staticmethod
+    def fits(operations: list[Operation], layer: Layer) -> bool:
+        """True for one activation that can write into buffers, and Linear."""
+        if type(layer) is not Linear or len(operations) != 1:
+            return False
+        lead = operations[0]
+        return isinstance(lead, Pointwise) and lead.activation.writes and not lead.reads_input
+
+    def predict(self, s: Tensor) -> tuple[Tensor, Point]:
+        weight, bias = self._of_layer["weight"], self._of_layer["bias"]
+        inputs, outputs = shelf(s), shelf(s, (s.shape[0], weight.shape[0]))
+        if inputs is None or outputs is None or s.dim() != 2:
+            return super().predict(s)
+        y = self.activation.value(s, out=inputs.take())
+        if bias is None:
+            f = torch.mm(y, weight.t(), out=outputs.take())
+        else:
+            f = torch.addmm(bias, y, weight.t(), out=outputs.take())
+        return f, DensePoint(s, y, inputs, outputs)
+
+    def product(self, point: Point, e: Tensor) -> Tensor:
+        if not isinstance(point, DensePoint):
+            return super().product(point, e)
+        return torch.mm(e, self._of_layer["weight"], out=point.inputs.take())
+
+    def pull(self, point: Point, product: Tensor) -> Tensor:
+        if not isinstance(point, DensePoint):
+            return super().pull(point, product)
+        s, y = point.values
+        return self.activation.pull(s, y, product, out=point.inputs.take())
+
+    def difference(self, point: Point, d: Tensor) -> tuple[Tensor, Point]:
+        if not isinstance(point, DensePoint):
+            return super().difference(point, d)
+        (s, y), inputs, outputs = point.values, point.inputs, point.outputs
+        s_new, change, y_new = inputs.take(), inputs.take(), inputs.take()
+        torch.add(s, d, out=s_new)
+        self.activation.move(s, y, d, s_new, room=(change, y_new, s_new))
+        delta = torch.mm(change, self._of_layer["weight"].t(), out=outputs.take())
+        inputs.give(s_new)
+        inputs.give(change)
+        return delta, DensePoint(s, y_new, inputs, outputs)
+
+    def gradients(
+        self, point: Point, e: Tensor, scale: float
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        if not isinstance(point, DensePoint):
+            yield from super().gradients(point, e, scale)
+            return
+        weight, bias = self._of_layer["weight"], self._of_layer["bias"]
+        if weight.requires_grad:
+            out = take(weight)
+            yield weight, torch.addmm(weight, e.t(), point.values[1], beta=0, alpha=scale, out=out)
+        if bias is not None and bias.requires_grad:
+            yield bias, torch.sum(e, 0).mul_(scale)
