@@ -197,7 +197,7 @@ class EPOptimizer(torch.optim.Optimizer):
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
         gradients: _Gradients = {}
         estimator = self._contrast if self.mode == "ep" else self._backprop
-        with self._buffers.lend():
+        with torch.no_grad(), self._buffers.lend():
             loss, usable, keep_statistics = estimator(self.model, x, target, gradients)
             keep_statistics(self._update(gradients, usable))
         return loss
@@ -208,10 +208,10 @@ class EPOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         every = (p for group in self.param_groups for p in group["params"])
-        self._update({id(p): p.grad for p in every if p.grad is not None})
+        with torch.no_grad():
+            self._update({id(p): p.grad for p in every if p.grad is not None})
         return loss
 
-    @torch.no_grad()
     def _contrast(
         self, model: nn.Module, x: Tensor, target: Tensor, gradients: _Gradients
     ) -> tuple[Tensor, bool, Callable[[bool], None]]:
@@ -246,7 +246,6 @@ class EPOptimizer(torch.optim.Optimizer):
         gradients.update({id(p): g for p, g in zip(owned, found, strict=True) if g is not None})
         return loss.detach(), math.isfinite(loss.item()), keep_statistics
 
-    @torch.no_grad()
     def _update(self, gradients: _Gradients, usable: bool = True) -> bool:
         """Applies the rule unless something is not finite; returns whether it did."""
         # Sums over a batch may overflow where every residual was finite.

@@ -97,7 +97,7 @@ def test_interleave_takes_the_ratio_within_a_round():
             journal.append(name)
             # The machine gets ten times slower half way: the ratio of a round does not notice.
             now[0] += seconds * (1 if len(journal) <= 6 else 10)
-            return {"name": name}
+            return lambda: {"name": name}
 
         return run
 

@@ -18,7 +18,7 @@ from mep.bench.plot import canvas, styled
 from mep.bench.record import Record
 from mep.bench.regime import LIMIT, label, measure
 from mep.bench.table import Table, number
-from mep.bench.timing import interleave, spread
+from mep.bench.timing import Findings, interleave, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,18 +149,19 @@ def _backprop(model: nn.Module, x: Tensor, y: Tensor, *, fused: bool) -> Callabl
     return step
 
 
-def _ep(
-    model: nn.Module, x: Tensor, y: Tensor, settler: Any, beta: Any
-) -> Callable[[], Mapping[str, Any]]:
+def _ep(model: nn.Module, x: Tensor, y: Tensor, settler: Any, beta: Any) -> Callable[[], Findings]:
     optimizer = mep.EPOptimizer(
         model.parameters(), model=model, settler=settler, beta=beta, lr=_LR, momentum=_MOMENTUM
     )
 
-    def step() -> Mapping[str, Any]:
-        optimizer.step(x=x, target=y)
+    def findings() -> Mapping[str, Any]:
         last = optimizer.last
         assert last is not None  # an EP step has just been taken
         return {"residual": last.median, "sweeps": last.sweeps, "status": last.status}
+
+    def step() -> Findings:
+        optimizer.step(x=x, target=y)
+        return findings
 
     return step
 

@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["interleave", "spread"]
+__all__ = ["Findings", "interleave", "spread"]
+
+Findings = Callable[[], Mapping[str, Any]]
+Arm = Callable[[], Findings | None]
 
 
 def interleave(
-    arms: Mapping[str, Callable[[], Mapping[str, Any] | None]],
+    arms: Mapping[str, Arm],
     rounds: int,
     warmup: int = 3,
     *,
@@ -24,7 +27,8 @@ def interleave(
     round cancel from it.
 
     Args:
-        arms: name -> what to time; measurements it returns are kept in its row.
+        arms: name -> what to time. It may return a function that reads off what was measured: it
+            is called after the clock, and its findings are kept in the row.
         rounds: timed rounds, >= 1.
         warmup: rounds run first and not kept, >= 0.
         baseline: the arm the ratios refer to.
@@ -77,10 +81,11 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 Timed = tuple[float, Mapping[str, Any]]
 
 
-def _time(arm: Callable[[], Mapping[str, Any] | None], clock: Callable[[], float]) -> Timed:
+def _time(arm: Arm, clock: Callable[[], float]) -> Timed:
     started = clock()
-    measured = arm()
-    return clock() - started, measured or {}
+    findings = arm()
+    seconds = clock() - started
+    return seconds, findings() if findings else {}
 
 
 def _row(index: int, name: str, timed: Timed, baseline: Timed) -> dict[str, Any]:
