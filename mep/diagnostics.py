@@ -19,6 +19,7 @@ from mep.contrast import (
     one_sided,
     settings,
 )
+from mep.curvature import Signal
 from mep.energies import Cost, Energy, FreePhase
 from mep.settling import CONVERGED, LIMIT, Settled, Solver, settle
 
@@ -131,7 +132,7 @@ def diagnose(
         torch.manual_seed(0)
         free = free_phase(twin, x, target, how)
         estimated: dict[nn.Parameter, Tensor] = {}
-        found = contrast(free, how, lambda p, g: _add(estimated, p, g))
+        found = contrast(free, how, lambda signal: _add(estimated, signal))
         nudged = _settle(free, how, found.beta)
         torch.manual_seed(0)  # every pass meets the same dropout masks
         backprop = _backprop(chain, x, target, how)
@@ -159,9 +160,9 @@ def diagnose(
     )
 
 
-def _add(gradients: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor) -> None:
-    known = gradients.get(parameter)
-    gradients[parameter] = gradient if known is None else known + gradient
+def _add(gradients: dict[nn.Parameter, Tensor], signal: Signal) -> None:
+    known, gradient = gradients.get(signal.parameter), signal.form()
+    gradients[signal.parameter] = gradient if known is None else known + gradient
 
 
 @torch.no_grad()

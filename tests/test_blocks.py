@@ -94,7 +94,10 @@ def test_closed_form_equals_its_autograd_twin(name):
                 (b.pull(p, b.product(p, e)), b.difference(p, d)[0])
                 for b, p in ((block, point), (twin, twin_point))
             ]
-        grads = [dict(b.gradients(p, e, 2.0)) for b, p in ((block, point), (twin, twin_point))]
+        grads = [
+            {signal.parameter: signal.form() for signal in b.signals(p, e, 2.0)}
+            for b, p in ((block, point), (twin, twin_point))
+        ]
         assert set(grads[0]) == set(grads[1])
         compare.append((list(grads[0].values()), [grads[1][p] for p in grads[0]]))
         if s.is_floating_point():
@@ -274,7 +277,7 @@ def test_frozen_parameters_are_left_out():
     block.modules[0].weight.requires_grad_(False)
     for candidate in (block, LocalBlock("layer", block.modules)):
         out, point = candidate.predict(torch.randn(4, 3))
-        found = [p for p, _ in candidate.gradients(point, torch.randn_like(out), 1.0)]
+        found = [s.parameter for s in candidate.signals(point, torch.randn_like(out), 1.0)]
         assert [id(p) for p in found] == [id(block.modules[0].bias)]
 
 

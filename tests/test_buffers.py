@@ -39,7 +39,7 @@ def everything(block, s, d, e):
         delta, moved = block.difference(point, moved_by)
         product = block.product(moved, e)
         found += [delta, product, block.pull(moved, product)]
-        found += [gradient for _, gradient in block.gradients(moved, e, 0.3)]
+        found += [signal.form() for signal in block.signals(moved, e, 0.3)]
         if block.box is not None:
             inner = block.inner(moved, product)
             found += [inner, *block.at_rest(s, moved_by, inner)]

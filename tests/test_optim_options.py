@@ -52,13 +52,13 @@ def test_no_option_is_missing_from_the_table():
 def test_gradient_method_changes_the_path_and_not_the_result(monkeypatch):
     ran = []
     for kind in (ClosedBlock, LocalBlock):
-        original = kind.gradients
+        original = kind.signals
 
         def noting(self, *args, original=original):
             ran.append(self.kind)
             return original(self, *args)
 
-        monkeypatch.setattr(kind, "gradients", noting)
+        monkeypatch.setattr(kind, "signals", noting)
     analytic, by_closed = after_three_steps(gradient_method="analytic"), set(ran)
     ran.clear()
     autograd, by_local = after_three_steps(gradient_method="autograd"), set(ran)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mep.curvature import Signal
+
 __all__ = ["Block"]
 
 
@@ -76,12 +78,11 @@ class Block(ABC):
         """
 
     @abstractmethod
-    def gradients(
-        self, point: Any, e: Tensor, scale: float
-    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yields ``(parameter, scale (df/dtheta)^T e)``, summed over the batch.
+    def signals(self, point: Any, e: Tensor, scale: float) -> Iterator[Signal]:
+        """Yields the local signals, of gradients ``scale (df/dtheta)^T e`` summed over the batch.
 
-        Parameters with ``requires_grad=False`` are left out.
+        Parameters with ``requires_grad=False`` are left out. Points and errors must last as long
+        as the signals.
         """
 
     def commit(self, point: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from mep.blocks.block import Block
 from mep.blocks.buffers import give, take
 from mep.blocks.layers import Layer
 from mep.blocks.operations import Memo, Operation, Pointwise
+from mep.curvature import Signal
 
 __all__ = ["ClosedBlock", "Point"]
 
@@ -109,16 +111,17 @@ class ClosedBlock(Block):
             give(d)
         return pushed, Point(values, memos)
 
-    def gradients(
-        self, point: Point, e: Tensor, scale: float
-    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        if self.layer is None:
+    def signals(self, point: Point, e: Tensor, scale: float) -> Iterator[Signal]:
+        layer, a, samples = self.layer, point.values[-1], e.shape[0]
+        if layer is None:
             return
-        weight, bias = self.layer.weight, self.layer.bias
+        weight, bias = layer.weight, layer.bias
         if weight.requires_grad:
-            yield weight, self.layer.weight_gradient(point.values[-1], e, scale)
+            form = partial(layer.weight_gradient, a, e, scale)
+            rows = partial(layer.rows, a, e) if layer.is_product else None
+            yield Signal(weight, scale, samples, form, rows)
         if bias is not None and bias.requires_grad:
-            yield bias, self.layer.bias_gradient(e, scale)
+            yield Signal(bias, scale, samples, partial(layer.bias_gradient, e, scale))
 
 
 def _box_backward(g: Tensor, x: Tensor, low: float, high: float) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mep.blocks.buffers import Shelf, shelf, take
+from mep.blocks.buffers import Shelf, shelf
 from mep.blocks.closed import ClosedBlock, Point
 from mep.blocks.layers import Layer, Linear
 from mep.blocks.operations import Operation, Pointwise
@@ -84,16 +83,3 @@ class DenseBlock(ClosedBlock):
         inputs.give(s_new)
         inputs.give(change)
         return delta, DensePoint(s, y_new, inputs, outputs)
-
-    def gradients(
-        self, point: Point, e: Tensor, scale: float
-    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        if not isinstance(point, DensePoint):
-            yield from super().gradients(point, e, scale)
-            return
-        weight, bias = self._of_layer["weight"], self._of_layer["bias"]
-        if weight.requires_grad:
-            out = take(weight)
-            yield weight, torch.addmm(weight, e.t(), point.values[1], beta=0, alpha=scale, out=out)
-        if bias is not None and bias.requires_grad:
-            yield bias, torch.sum(e, 0).mul_(scale)

@@ -22,6 +22,7 @@ class Layer(ABC):
     """A weighted layer. Shapes: input ``a`` ``(B, *in)``, output and error ``e`` ``(B, *out)``."""
 
     module: nn.Module
+    is_product: bool = True  # the gradient is one outer product, of ``rows``
 
     @property
     def weight(self) -> nn.Parameter:
@@ -48,6 +49,10 @@ class Layer(ABC):
     @abstractmethod
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
         """Returns ``scale sum_n e_n a_n^T`` over the batch, with the shape of the weight."""
+
+    @abstractmethod
+    def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns activity ``(N, in)`` and error ``(N, out)``, whose ``e^T a`` is the gradient."""
 
     @abstractmethod
     def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
@@ -82,12 +87,14 @@ class Linear(Layer):
 
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
         weight = self.weight  # beta=0: its values are not read
-        if e.dim() != 2:
-            e, a = e.flatten(0, -2), a.flatten(0, -2)
+        a, e = self.rows(a, e)
         return torch.addmm(weight, e.t(), a, beta=0, alpha=scale, out=take(weight))
 
+    def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        return (a, e) if e.dim() == 2 else (a.flatten(0, -2), e.flatten(0, -2))
+
     def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
-        return e.flatten(0, -2).sum(0).mul_(scale)
+        return (e if e.dim() == 2 else e.flatten(0, -2)).sum(0).mul_(scale)
 
 
 class Conv2d(Layer):
@@ -97,6 +104,7 @@ class Conv2d(Layer):
 
     def __init__(self, module: nn.Conv2d) -> None:
         self.module = module
+        self.is_product = module.groups == 1  # else one per group
 
     def apply(self, a: Tensor) -> Tensor:
         return self._convolve(a, self.bias)
@@ -109,6 +117,11 @@ class Conv2d(Layer):
 
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
         return self._backward(a, e, (False, True, False))[1].mul_(scale)
+
+    def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        m = self.module
+        patches = F.unfold(a, m.kernel_size, m.dilation, m.padding, m.stride)  # pyright: ignore[reportArgumentType]
+        return patches.mT.flatten(0, 1), e.flatten(2).mT.flatten(0, 1)
 
     def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
         return e.sum((0, 2, 3)).mul_(scale)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mep.blocks.block import Block
+from mep.curvature import Signal
 
 __all__ = ["LocalBlock"]
 
@@ -78,9 +80,7 @@ class LocalBlock(Block):
             delta = self._evaluate(point, s + d) - self._evaluate(point, s)
         return delta.to(s.dtype), _Point(s + d, point.rng, point.buffers)
 
-    def gradients(
-        self, point: _Point, e: Tensor, scale: float
-    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def signals(self, point: _Point, e: Tensor, scale: float) -> Iterator[Signal]:
         wanted = [p for p in self._body.parameters() if p.requires_grad]
         if not wanted:
             return
@@ -90,7 +90,8 @@ class LocalBlock(Block):
         for parameter, gradient in zip(wanted, found, strict=True):
             if gradient is not None:
                 # autograd may hand out one tensor twice (for x + (a + b)): everyone gets his own
-                yield parameter, gradient.clone(memory_format=torch.contiguous_format)
+                own = partial(gradient.clone, memory_format=torch.contiguous_format)
+                yield Signal(parameter, scale, e.shape[0], own)
 
     def commit(self, point: _Point) -> None:
         own = dict(self._body.named_buffers())

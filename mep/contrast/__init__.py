@@ -1,6 +1,7 @@
 """Stencils and the estimator: nudged phases -> local signals -> gradients."""
 
 from mep.contrast.estimate import Estimate, Sink, contrast, estimate
+from mep.contrast.fisher import free_signals
 from mep.contrast.inspect import energy, free_states, settle, state_gradients
 from mep.contrast.phases import chain_of, free_phase
 from mep.contrast.settings import Settings, settings
@@ -20,6 +21,7 @@ __all__ = [
     "estimate",
     "five_point",
     "free_phase",
+    "free_signals",
     "free_states",
     "one_sided",
     "settings",

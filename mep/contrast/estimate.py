@@ -14,6 +14,7 @@ from mep.contrast.phases import free_phase
 from mep.contrast.settings import Settings, settings
 from mep.contrast.stencils import Stencil, one_sided
 from mep.contrast.strength import AutoBeta, strength_of
+from mep.curvature import Signal
 from mep.energies import Cost, Energy, FreePhase
 from mep.settling import (
     CONVERGED,
@@ -30,7 +31,7 @@ from mep.settling import (
 
 __all__ = ["Estimate", "Sink", "contrast", "estimate"]
 
-Sink = Callable[[nn.Parameter, Tensor], None]
+Sink = Callable[[Signal], None]
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,12 @@ def estimate(
     return found
 
 
-def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
+def _add_to_grad(signal: Signal) -> None:
+    parameter = signal.parameter
     if parameter.grad is None:
-        parameter.grad = gradient
+        parameter.grad = signal.form()
     else:
-        parameter.grad += gradient
+        parameter.grad += signal.form()
 
 
 @torch.no_grad()
@@ -130,8 +132,8 @@ def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0)
     Args:
         free: the free phase of a batch.
         how: the strategy.
-        sink: receives ``(parameter, gradient)``, block by block; may be called several times for
-            one parameter, whose gradient is the sum.
+        sink: receives the local signals, block by block; there may be several of one parameter,
+            whose gradient is the sum.
         weight: factor on all gradients.
 
     Returns:
@@ -153,8 +155,8 @@ def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0)
         at = phase.configuration
         scale = -node_weight * b * weight / batch  # errors come per unit of beta
         for block, point, e in zip(free.chain, at.points, at.local_errors(), strict=True):
-            for parameter, gradient in block.gradients(point, e, scale):
-                sink(parameter, gradient)
+            for signal in block.signals(point, e, scale):
+                sink(signal)
     return found
 
 

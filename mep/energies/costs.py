@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,6 +35,18 @@ class Cost(ABC):
     @abstractmethod
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
         """Returns ``dC/ds`` with the shape of ``s``, for a prepared target."""
+
+    def directions(self, s: Tensor) -> Iterator[Tensor]:
+        """Yields ``v_k`` of the shape of ``s`` with ``sum_k v_k v_k^T = E[dC/ds dC/ds^T]``.
+
+        The expectation is over targets that the model itself draws, of probability ``exp(-C)``.
+
+        Raises:
+            ValueError: if the cost has no such expectation in closed form.
+        """
+        raise ValueError(
+            f"cost '{self.name}' states no exact Fisher information: use fisher='empirical'"
+        )
 
     def mean(self, s: Tensor, target: Tensor) -> Tensor:
         """Returns the batch mean as a scalar: the loss that a backprop baseline minimises."""
@@ -77,6 +90,18 @@ class CrossEntropy(Cost):
     def value(self, s: Tensor, y: Tensor) -> Tensor:
         per_position = F.cross_entropy(s, y, reduction="none")
         return per_position if s.dim() == 2 else per_position.flatten(1).mean(1)
+
+    def directions(self, s: Tensor) -> Iterator[Tensor]:
+        if s.dim() > 2:
+            raise ValueError(
+                "the exact Fisher information of cost 'cross_entropy' takes outputs (B, classes), "
+                f"got {tuple(s.shape)}; use fisher='empirical'"
+            )
+        p = torch.softmax(s, 1)
+        for k in range(s.shape[1]):
+            missed = torch.zeros_like(p)
+            missed[:, k] = 1
+            yield p[:, k : k + 1].sqrt() * (p - missed)
 
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
         p = torch.softmax(s, 1)
@@ -124,6 +149,12 @@ class SquaredError(Cost):
 
     def value(self, s: Tensor, y: Tensor) -> Tensor:
         return 0.5 * (s - y).flatten(1).square().sum(1)
+
+    def directions(self, s: Tensor) -> Iterator[Tensor]:
+        for k in range(s[0].numel()):
+            unit = torch.zeros_like(s).flatten(1)
+            unit[:, k] = 1
+            yield unit.view_as(s)
 
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
         return s - y

@@ -63,6 +63,13 @@ class FreePhase:
             norms.append(torch.linalg.vector_norm(e))  # while it is in the cache
         return Messages(errors[::-1], products[::-1]), norms
 
+    def descend(self, e: Tensor) -> list[Tensor]:
+        """Returns the errors ``e_1 ... e_L`` that any error of the output sends down."""
+        errors = [e]
+        for block, point in zip(self.chain.blocks[:0:-1], self.points[:0:-1], strict=True):
+            errors.append(block.pull(point, block.product(point, errors[-1])))
+        return errors[::-1]
+
     @cached_property
     def gain(self) -> float:
         """``kappa = sum_i ||e_i||^2 / ||e_L||^2``: how much every layer's move adds up."""

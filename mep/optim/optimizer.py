@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mep.blocks import Buffers
+from mep.constraints import Constraint
 from mep.contrast import (
     AutoBeta,
     Estimate,
@@ -18,16 +20,34 @@ from mep.contrast import (
     chain_of,
     contrast,
     free_phase,
+    free_signals,
     settings,
 )
 from mep.contrast.phases import check_input
-from mep.energies import Cost, Energy, cost_of
+from mep.curvature import Signal
+from mep.energies import Cost, Energy, FreePhase, cost_of
+from mep.optim.gradients import Gradients
+from mep.optim.groups import roles
+from mep.optim.updating import Updating
 from mep.settling import DIVERGED, GradientDescent, Solver
-from mep.updates import SGD
+from mep.updates import Rule
 
-__all__ = ["EPOptimizer", "param_groups"]
+__all__ = ["EPOptimizer"]
 
-_Gradients = dict[int, Tensor]  # by the parameter's id: hashing a tensor is slow
+
+@dataclass
+class _Step:
+    """What one batch has given: loss, gradients, whether they can be used, and what is left to do.
+
+    ``keep_statistics`` takes whether an update was made; ``free`` is the free phase, where there
+    is one.
+    """
+
+    loss: Tensor
+    gradients: Gradients
+    usable: bool
+    keep_statistics: Callable[[bool], None]
+    free: FreePhase | None
 
 
 class EPOptimizer(torch.optim.Optimizer):
@@ -50,6 +70,9 @@ class EPOptimizer(torch.optim.Optimizer):
         momentum: in [0, 1).
         weight_decay: >= 0.
         nesterov: Nesterov momentum.
+        update: the update rule; ``mep.SGD()`` by default. ``mep.Route`` combines several.
+        constraint: what holds after every step, such as ``mep.SpectralNorm()``; none by default.
+        clip_norm: largest common norm of all gradients, > 0; none by default.
         cost: ``"cross_entropy"``, ``"mse"`` or a cost object.
         energy: ``mep.PredictionError(output=...)``.
         settler: ``mep.Sweep()`` by default.
@@ -64,7 +87,6 @@ class EPOptimizer(torch.optim.Optimizer):
     Attributes:
         model, mode: as given.
         how: the frozen strategy of the estimates.
-        rule: the update rule.
         last: the ``Estimate`` of the last EP step, None before the first.
         skipped: updates skipped so far because settling diverged or loss or gradients were not
             finite.
@@ -92,6 +114,9 @@ class EPOptimizer(torch.optim.Optimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        update: Rule | None = None,
+        constraint: Constraint | None = None,
+        clip_norm: float | None = None,
         cost: str | Cost = "cross_entropy",
         energy: Energy | None = None,
         settler: Solver | None = None,
@@ -123,7 +148,7 @@ class EPOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{why}: drop {', '.join(sorted(chosen))}")
         self.model = model
         self.mode = mode
-        self.rule = SGD()
+        self._updating = Updating(update, constraint, clip_norm)
         self.max_skipped = max_skipped
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -140,6 +165,16 @@ class EPOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if mode == "ep" and model is not None:
             chain_of(model, self.how.gradient_method)  # refuse an unreadable model at once
+
+    @property
+    def rule(self) -> Rule:
+        """The update rule."""
+        return self._updating.rule
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The constraint, or None."""
+        return self._updating.constraint
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its numbers and that its parameters are the model's.
@@ -161,7 +196,13 @@ class EPOptimizer(torch.optim.Optimizer):
                     f"{foreign} of {len(params)} parameters do not belong to `model`; "
                     "pass model.parameters()"
                 )
+        new = [p[1] if isinstance(p, tuple) else p for p in params]
+        found = roles(self.model, [*self._parameters(), *new])
+        if all(isinstance(p, Tensor) for p in new):  # torch itself refuses anything else
+            self._updating.refuse(new, found)
         super().add_param_group({**param_group, "params": params})
+        self._roles = found
+        self._updating.prepare(new, found, self.state)
 
     def step(  # type: ignore[override]
         self,
@@ -195,38 +236,38 @@ class EPOptimizer(torch.optim.Optimizer):
             )
         if self.model is None:
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
-        gradients: _Gradients = {}
         estimator = self._contrast if self.mode == "ep" else self._backprop
         with torch.no_grad(), self._buffers.lend():
-            loss, usable, keep_statistics = estimator(self.model, x, target, gradients)
-            keep_statistics(self._update(gradients, usable))
-        return loss
+            found = estimator(self.model, x, target)
+            found.keep_statistics(self._update(found.gradients, found.usable, found.free))
+        return found.loss
 
     def _step_on_grad(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        every = (p for group in self.param_groups for p in group["params"])
+        gradients = Gradients()
+        for p in self._parameters():
+            if p.grad is not None:
+                gradients.put(p, p.grad)
         with torch.no_grad():
-            self._update({id(p): p.grad for p in every if p.grad is not None})
+            self._update(gradients)
         return loss
 
-    def _contrast(
-        self, model: nn.Module, x: Tensor, target: Tensor, gradients: _Gradients
-    ) -> tuple[Tensor, bool, Callable[[bool], None]]:
-        def collect(parameter: nn.Parameter, gradient: Tensor) -> None:
-            known = gradients.get(id(parameter))
-            gradients[id(parameter)] = gradient if known is None else known.add_(gradient)
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
+    def _contrast(self, model: nn.Module, x: Tensor, target: Tensor) -> _Step:
+        gradients = Gradients(self._updating.factored(self._parameters(), self._roles))
         free = free_phase(model, x, target, self.how)
-        self.last = contrast(free, self.how, collect)
+        self.last = contrast(free, self.how, gradients.collect)
         usable = self.last.status != DIVERGED
-        return self.last.loss, usable, lambda taken: free.commit() if taken else None
+        return _Step(
+            self.last.loss, gradients, usable, lambda taken: free.commit() if taken else None, free
+        )
 
-    def _backprop(
-        self, model: nn.Module, x: Tensor, target: Tensor, gradients: _Gradients
-    ) -> tuple[Tensor, bool, Callable[[bool], None]]:
+    def _backprop(self, model: nn.Module, x: Tensor, target: Tensor) -> _Step:
         check_input(model, x)
         buffers = [(b, b.clone()) for b in model.buffers()]
 
@@ -241,24 +282,37 @@ class EPOptimizer(torch.optim.Optimizer):
         except Exception:
             keep_statistics(False)
             raise
-        owned = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        gradients = Gradients()
+        owned = [p for p in self._parameters() if p.requires_grad]
         found = torch.autograd.grad(loss, owned, allow_unused=True) if owned else ()
-        gradients.update({id(p): g for p, g in zip(owned, found, strict=True) if g is not None})
-        return loss.detach(), math.isfinite(loss.item()), keep_statistics
+        for p, g in zip(owned, found, strict=True):
+            if g is not None:
+                gradients.put(p, g)
+        free = free_phase(model, x, target, self.how) if self._updating.observes else None
+        return _Step(loss.detach(), gradients, math.isfinite(loss.item()), keep_statistics, free)
 
-    def _update(self, gradients: _Gradients, usable: bool = True) -> bool:
-        """Applies the rule unless something is not finite; returns whether it did."""
-        # Sums over a batch may overflow where every residual was finite.
-        usable = usable and _all_finite(gradients.values())
+    def _update(self, gradients: Gradients, usable: bool = True, free: Any = None) -> bool:
+        """Applies the rules unless something is not finite; returns whether it did."""
+        usable = usable and gradients.finite()
         self._count(usable)
         if not usable:
             return False
-        for group in self.param_groups:
-            chosen = [p for p in group["params"] if id(p) in gradients]
-            if chosen:
-                states = [self.state[p] for p in chosen]
-                self.rule.step(chosen, [gradients[id(p)] for p in chosen], states, group)
+        if self._updating.observes:
+            self._observe(free)
+        self._updating.apply(gradients, self.param_groups, self._roles, self.state)
         return True
+
+    def _observe(self, free: FreePhase | None) -> None:
+        def signals(targets: str) -> dict[int, list[Signal]]:
+            if free is None:
+                name = type(self.rule).__name__
+                raise ValueError(
+                    f"`update={name}(...)` needs local signals, which `.grad` does not carry: "
+                    "take steps by step(x=..., target=...)"
+                )
+            return free_signals(free, targets)
+
+        self._updating.observe(self._parameters(), self._roles, self.state, signals)
 
     def _count(self, usable: bool) -> None:
         self.skipped_in_a_row = 0 if usable else self.skipped_in_a_row + 1
@@ -287,13 +341,14 @@ class EPOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buffers = Buffers()
+        self._roles = roles(self.model, self._parameters())  # a copy has parameters of its own
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class keeps three entries only; a scheduler's patched `step` must not travel.
         kept = (
             "model",
             "mode",
-            "rule",
+            "_updating",
             "how",
             "last",
             "max_skipped",
@@ -301,11 +356,6 @@ class EPOptimizer(torch.optim.Optimizer):
             "skipped_in_a_row",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
-
-
-def _all_finite(gradients: Iterable[Tensor]) -> bool:
-    """A sum is finite only if all terms are; it may overflow a little before they do."""
-    return math.isfinite(sum(float(g.sum()) for g in gradients))
 
 
 def _with_settler(chosen: dict[str, Any]) -> dict[str, Any]:
@@ -321,38 +371,3 @@ def _with_settler(chosen: dict[str, Any]) -> dict[str, Any]:
         )
     rest = {name: value for name, value in chosen.items() if name not in names}
     return {**rest, "settler": GradientDescent(**given)}
-
-
-def param_groups(model: nn.Module, lr: float, *, depth_scale: bool = True) -> list[dict[str, Any]]:
-    """Splits a model's parameters into groups that carry the depth rule.
-
-    In an isometric chain a step of every layer moves the output by ``L`` times a layer's share, so
-    hidden layers take steps of ``lr / L`` and the first and last block of ``lr``. The factor stands
-    in the group's ``lr_scale``: schedulers change ``lr`` and keep it.
-
-    Args:
-        model: any model that ``mep.trace`` can read.
-        lr: learning rate of the first and last block, >= 0.
-        depth_scale: False gives every block ``lr_scale=1``.
-
-    Returns:
-        Two groups (one for chains of one or two blocks), each parameter once.
-
-    Raises:
-        mep.TraceError: if the model cannot be read as a chain.
-
-    >>> [g["lr_scale"] for g in param_groups(nn.Sequential(*[nn.Linear(2, 2)] * 1), 0.1)]
-    [1.0]
-
-    Source: the 1/L step of deep residual scaling, Zhang et al. 2019 (Fixup), sec. 3.
-    """
-    chain = chain_of(model)
-    ends = {id(p) for b in (chain.blocks[0], chain.blocks[-1]) for p in b.parameters()}
-    every = list(model.parameters())
-    outer = [p for p in every if id(p) in ends]
-    hidden = [p for p in every if id(p) not in ends]
-    groups = [{"params": outer, "lr": lr, "lr_scale": 1.0}]
-    if hidden:
-        scale = 1.0 / len(chain) if depth_scale else 1.0
-        groups.append({"params": hidden, "lr": lr, "lr_scale": scale})
-    return groups

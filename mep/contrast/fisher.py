@@ -1,0 +1,51 @@
+"""Local signals at the free equilibrium, where they are exact: what curvature is made of."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mep.curvature import Signal
+from mep.energies import FreePhase
+
+__all__ = ["free_signals"]
+
+
+@torch.no_grad()
+def free_signals(free: FreePhase, targets: str) -> dict[int, list[Signal]]:
+    """Returns every parameter's signals whose squares, summed, are its Fisher information.
+
+    ``F_i = E_n sum_k g_nk g_nk^T`` with ``g_nk`` the gradient of sample ``n`` along direction
+    ``k`` of the cost's gradient. With ``"empirical"`` there is one direction, that of the given
+    targets, and the signals are those of the backward sweep that EP takes anyway. With ``"true"``
+    there is one per output: the exact expectation over targets that the model itself draws.
+
+    Args:
+        free: the free phase of a batch.
+        targets: ``"empirical"`` or ``"true"``.
+
+    Returns:
+        By the ``id`` of the parameter, one signal per direction and place in the model.
+
+    Raises:
+        ValueError: if the exact expectation does not exist for the cost and the output's shape.
+
+    Source: Martens 2020, sec. 5; Kunstner et al. 2019 (the two are not the same).
+    """
+    found: dict[int, list[Signal]] = defaultdict(list)
+    for errors in _sweeps(free, targets):
+        for block, point, e in zip(free.chain, free.points, errors, strict=True):
+            for signal in block.signals(point, e, 1 / len(free.loss)):
+                found[id(signal.parameter)].append(signal)
+    return found
+
+
+def _sweeps(free: FreePhase, targets: str) -> Iterator[list[Tensor]]:
+    if targets == "empirical":
+        yield free.unit.errors
+        return
+    for direction in free.cost.directions(free.states[-1]):
+        yield free.descend(direction)

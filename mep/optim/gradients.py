@@ -1,0 +1,69 @@
+"""The gradients of one step, on their way from the contrast to the rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+
+import torch
+from torch import Tensor
+
+from mep.curvature import Factors, Signal
+from mep.updates import Gradient
+
+__all__ = ["Gradients"]
+
+
+class Gradients:
+    """Collects signals: as tensors, or as factors for those rules that take them.
+
+    Args:
+        factored: ids of the parameters whose gradients stay factors where they are outer products.
+    """
+
+    def __init__(self, factored: Container[int] = ()) -> None:
+        self._factored = factored
+        self._found: dict[int, Gradient] = {}  # by id: hashing a tensor is slow
+
+    def collect(self, signal: Signal) -> None:
+        """Adds a signal (the sink of a contrast)."""
+        key = id(signal.parameter)
+        known = self._found.get(key)
+        if key in self._factored and signal.rows is not None and not isinstance(known, Tensor):
+            self._found[key] = Factors([*(known.signals if known else ()), signal])
+        else:
+            gradient = signal.form()
+            self._found[key] = gradient if known is None else _sum(known, gradient)
+
+    def put(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Sets a parameter's gradient."""
+        self._found[id(parameter)] = gradient
+
+    def of(self, parameter: Tensor) -> Gradient | None:
+        """Returns a parameter's gradient, if it has one."""
+        return self._found.get(id(parameter))
+
+    def finite(self) -> bool:
+        """True if all are. A sum is finite only if all terms are; it may overflow a little before.
+
+        Sums over a batch may overflow where every residual was finite.
+        """
+        return math.isfinite(
+            sum(
+                float(g.sum() if isinstance(g, Tensor) else g.bound()) for g in self._found.values()
+            )
+        )
+
+    def clip(self, limit: float) -> None:
+        """Scales all by one factor, so that their common norm is at most ``limit``."""
+        whole = [g if isinstance(g, Tensor) else g.dense() for g in self._found.values()]
+        norm = float(torch.nn.utils.get_total_norm(whole))
+        if norm > limit:
+            factor = limit / norm
+            for key, g in self._found.items():
+                # Out of place: it may be the user's own `.grad`.
+                self._found[key] = g * factor if isinstance(g, Tensor) else g.scaled(factor)
+
+
+def _sum(known: Gradient, gradient: Tensor) -> Tensor:
+    return known.add_(gradient) if isinstance(known, Tensor) else known.dense().add_(gradient)

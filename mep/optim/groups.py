@@ -1,0 +1,72 @@
+"""A model's parameters: their names and roles, and groups that carry the depth rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from mep.contrast import chain_of
+from mep.updates import Role
+
+__all__ = ["param_groups", "roles"]
+
+
+def roles(model: nn.Module | None, parameters: Iterable[Tensor]) -> dict[int, tuple[str, Role]]:
+    """Returns name and role of every parameter, by its ``id``.
+
+    Without a model the order of the parameters says which matrix is first and last; names are
+    their numbers, and an embedding looks like any matrix.
+    """
+    if model is None:
+        named = [(f"parameter {k}", p) for k, p in enumerate(parameters)]
+        tables: set[int] = set()
+    else:
+        named = list(model.named_parameters())
+        kinds = (nn.Embedding, nn.EmbeddingBag)
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
+    found: dict[int, tuple[str, Role]] = {}
+    for name, p in named:
+        role: Role = "vector" if p.dim() < 2 else "embedding" if id(p) in tables else "hidden"
+        found[id(p)] = name, role
+    matrices = [key for key, (_, role) in found.items() if role == "hidden"]
+    if matrices:
+        found[matrices[-1]] = found[matrices[-1]][0], "last"
+        found[matrices[0]] = found[matrices[0]][0], "first"
+    return found
+
+
+def param_groups(model: nn.Module, lr: float, *, depth_scale: bool = True) -> list[dict[str, Any]]:
+    """Splits a model's parameters into groups that carry the depth rule.
+
+    In an isometric chain a step of every layer moves the output by ``L`` times a layer's share, so
+    hidden layers take steps of ``lr / L`` and the first and last block of ``lr``. The factor stands
+    in the group's ``lr_scale``: schedulers change ``lr`` and keep it.
+
+    Args:
+        model: any model that ``mep.trace`` can read.
+        lr: learning rate of the first and last block, >= 0.
+        depth_scale: False gives every block ``lr_scale=1``.
+
+    Returns:
+        Two groups (one for chains of one or two blocks), each parameter once.
+
+    Raises:
+        mep.TraceError: if the model cannot be read as a chain.
+
+    >>> [g["lr_scale"] for g in param_groups(nn.Sequential(*[nn.Linear(2, 2)] * 1), 0.1)]
+    [1.0]
+
+    Source: the 1/L step of deep residual scaling, Zhang et al. 2019 (Fixup), sec. 3.
+    """
+    chain = chain_of(model)
+    ends = {id(p) for b in (chain.blocks[0], chain.blocks[-1]) for p in b.parameters()}
+    every = list(model.parameters())
+    outer = [p for p in every if id(p) in ends]
+    hidden = [p for p in every if id(p) not in ends]
+    groups = [{"params": outer, "lr": lr, "lr_scale": 1.0}]
+    if hidden:
+        scale = 1.0 / len(chain) if depth_scale else 1.0
+        groups.append({"params": hidden, "lr": lr, "lr_scale": scale})
+    return groups

@@ -1,0 +1,141 @@
+"""From gradients to parameters: clipping, the rules, the constraint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mep.constraints import Constraint
+from mep.optim.gradients import Gradients
+from mep.updates import SGD, Role, Rule, dense
+
+__all__ = ["Updating"]
+
+Roles = Mapping[int, tuple[str, Role]]
+States = Mapping[Tensor, dict[str, Any]]
+
+
+class Updating:
+    """What happens to gradients, in this order.
+
+    Args:
+        rule: the update rule, or a route between several; None for plain SGD.
+        constraint: what holds after every step, if anything.
+        clip_norm: largest common norm of all gradients, > 0, or None.
+
+    Raises:
+        TypeError, ValueError: if an argument does not fit.
+    """
+
+    def __init__(
+        self, rule: Rule | None, constraint: Constraint | None, clip_norm: float | None
+    ) -> None:
+        if rule is not None and not isinstance(rule, Rule):
+            raise TypeError(f"`update` must be an update rule such as mep.Muon(), got {rule!r}")
+        if constraint is not None and not isinstance(constraint, Constraint):
+            raise TypeError(
+                f"`constraint` must be a constraint such as mep.SpectralNorm(), got {constraint!r}"
+            )
+        if clip_norm is not None and not (clip_norm > 0 and math.isfinite(clip_norm)):
+            raise ValueError(f"`clip_norm` must be a finite number > 0 or None, got {clip_norm}")
+        self.rule = rule or SGD()
+        self.constraint = constraint
+        self.clip_norm = clip_norm
+        parts = self.rule.parts()
+        self._alone = parts == [self.rule]
+        self.observes = any(part.observes for part in parts)
+        self.takes_factors = any(part.takes_factors for part in parts)
+
+    def refuse(self, parameters: Sequence[Tensor], roles: Roles) -> None:
+        """Refuses parameters for which there is no rule, by name.
+
+        Raises:
+            ValueError: naming all of them and the remedy.
+        """
+        refused = [
+            f"`{roles[id(p)][0]}` {tuple(p.shape)}"
+            for p in parameters
+            if self.rule.assign(p, roles[id(p)][1]) is None
+        ]
+        if refused:
+            name = type(self.rule).__name__
+            raise ValueError(
+                f"`update={name}(...)` treats matrices and kernels only, not {', '.join(refused)}: "
+                f"use mep.Route({name}(...)), which sends the others to SGD"
+            )
+
+    def prepare(self, parameters: Sequence[Tensor], roles: Roles, state: States) -> None:
+        """Lets the constraint note what it needs of new parameters."""
+        if self.constraint is not None:
+            for p in parameters:
+                if self.constraint.holds_for(p, roles[id(p)][1]):
+                    self.constraint.prepare(p, state[p])
+
+    def apply(
+        self, gradients: Gradients, groups: Sequence[dict[str, Any]], roles: Roles, state: States
+    ) -> None:
+        """Changes all parameters that have a gradient."""
+        if self.clip_norm is not None:
+            gradients.clip(self.clip_norm)
+        for group in groups:
+            chosen = [p for p in group["params"] if gradients.of(p) is not None]
+            for rule, factor, parameters in self.shares(chosen, roles):
+                numbers = group if factor == 1 else {**group, "lr": group["lr"] * factor}
+                found = [gradients.of(p) for p in parameters]
+                if not rule.takes_factors:
+                    found = [dense(g) for g in found if g is not None]
+                rule.step(parameters, found, [state[p] for p in parameters], numbers)
+            if self.constraint is not None:
+                held = [p for p in chosen if self.constraint.holds_for(p, roles[id(p)][1])]
+                self.constraint.apply(held, [state[p] for p in held])
+
+    def shares(
+        self, parameters: list[Tensor], roles: Roles
+    ) -> Iterator[tuple[Rule, float, list[Tensor]]]:
+        """Yields each rule, the factor on its learning rate, and the parameters it treats."""
+        if self._alone:  # the common case, without a look at every parameter
+            yield self.rule, 1.0, parameters
+            return
+        shares: dict[tuple[int, float], tuple[Rule, float, list[Tensor]]] = {}
+        for p in parameters:
+            found = self.rule.assign(p, roles[id(p)][1])
+            assert found is not None, "refused at construction"
+            shares.setdefault((id(found[0]), found[1]), (*found, []))[2].append(p)
+        yield from shares.values()
+
+    def factored(self, parameters: Sequence[Tensor], roles: Roles) -> set[int]:
+        """Returns the ids of the parameters whose rule takes gradients as factors."""
+        if not self.takes_factors:
+            return set()
+        shares = self.shares(list(parameters), roles)
+        return {id(p) for rule, _, share in shares if rule.takes_factors for p in share}
+
+    def observe(
+        self,
+        parameters: Sequence[Tensor],
+        roles: Roles,
+        state: States,
+        signals: Callable[[str], Mapping[int, list[Any]]],
+    ) -> None:
+        """Shows the local signals to the rules that ask for them.
+
+        Args:
+            parameters: of all groups.
+            roles: of the parameters.
+            state: per parameter.
+            signals: ``"empirical"`` or ``"true"`` -> the signals of every parameter, by its id.
+        """
+        for rule, _, share in self.shares(list(parameters), roles):
+            wanted = rule.wants_curvature([state[p] for p in share])
+            if wanted is not None:
+                found = signals(wanted)
+                for p in share:
+                    if not found.get(id(p)) or found[id(p)][0].rows is None:
+                        raise ValueError(
+                            f"`{type(rule).__name__}` needs the local signal of `{roles[id(p)][0]}`"
+                            ", which is no Linear or Conv2d of its own: use another rule for it"
+                        )
+                    rule.observe(found[id(p)], state[p])
