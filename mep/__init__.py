@@ -18,11 +18,13 @@ from mep.diagnostics import Diagnosis, diagnose
 from mep.energies import KL, PredictionError, Squared
 from mep.optim import EPOptimizer, param_groups
 from mep.settling import Anderson, GradientDescent, Limit, Sweep
+from mep.updates import SGD, Muon, Route
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KL",
+    "SGD",
     "Anderson",
     "AutoBeta",
     "Chain",
@@ -31,7 +33,9 @@ __all__ = [
     "Estimate",
     "GradientDescent",
     "Limit",
+    "Muon",
     "PredictionError",
+    "Route",
     "Squared",
     "Sweep",
     "TraceError",

@@ -68,10 +68,13 @@ def test_skipped_update_moves_no_running_statistic(mode):
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
     opt = mep.EPOptimizer(model.parameters(), model=model, mode=mode)
     x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
-    opt._update, update = (
-        lambda gradients, usable: update({0: torch.tensor(torch.inf)}),
-        opt._update,
-    )
+    update = opt._update
+
+    def overflow(gradients, *rest):
+        gradients.put(model[1].weight, torch.tensor(torch.inf))
+        return update(gradients, *rest)
+
+    opt._update = overflow
     opt.step(x=x, target=y)
     assert opt.skipped == 1 and torch.equal(model[0].running_mean, torch.zeros(4))
 

@@ -25,6 +25,8 @@ OPTIONS = {
     "momentum": {"momentum": 0.9},
     "weight_decay": {"weight_decay": 0.1},
     "nesterov": {"nesterov": True},
+    "update": {"update": mep.SGD(decoupled=True)},
+    "clip_norm": {"clip_norm": 1e-2},
     "cost": {"cost": "mse"},
     "energy": {"energy": mep.PredictionError(output=mep.KL())},
     "settler": {"settler": mep.Limit()},
@@ -33,7 +35,7 @@ OPTIONS = {
     "settle_steps": {"settle_steps": 7},
     "settle_lr": {"settle_lr": 0.1},
 }
-BASE = {"nesterov": {"momentum": 0.9}}
+BASE = {"nesterov": {"momentum": 0.9}, "update": {"momentum": 0.9, "weight_decay": 0.1}}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -45,7 +47,7 @@ def test_option_alone_changes_the_result(name):
 
 
 def test_no_option_is_missing_from_the_table():
-    elsewhere = {"self", "params", "model", "gradient_method", "max_skipped"}
+    elsewhere = {"constraint", "self", "params", "model", "gradient_method", "max_skipped"}
     assert set(inspect.signature(mep.EPOptimizer.__init__).parameters) == set(OPTIONS) | elsewhere
 
 

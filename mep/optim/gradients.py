@@ -48,11 +48,8 @@ class Gradients:
 
         Sums over a batch may overflow where every residual was finite.
         """
-        return math.isfinite(
-            sum(
-                float(g.sum() if isinstance(g, Tensor) else g.bound()) for g in self._found.values()
-            )
-        )
+        sums = (g.sum() if isinstance(g, Tensor) else g.bound() for g in self._found.values())
+        return math.isfinite(sum(map(float, sums)))
 
     def clip(self, limit: float) -> None:
         """Scales all by one factor, so that their common norm is at most ``limit``."""

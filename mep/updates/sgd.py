@@ -57,7 +57,8 @@ class SGD(Rule):
                 buffers[k] = state["momentum_buffer"]
         lr, decay = group["lr"] * group["lr_scale"], group["weight_decay"]
         if self.decoupled and decay != 0:
-            torch._foreach_mul_(parameters, float(1 - lr * decay))
+            for p in parameters:
+                p.mul_(1 - lr * decay)
         # torch's fused CPU kernel leaves most of a bfloat16 tensor as it was (2.13).
         fused = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
         sgd(
