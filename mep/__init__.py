@@ -1,7 +1,8 @@
 """mep: exact Equilibrium Propagation for PyTorch."""
 
-from mep import data, init, models
+from mep import data, init, models, presets
 from mep.blocks import Chain, TraceError, trace
+from mep.constraints import SpectralNorm
 from mep.contrast import (
     AutoBeta,
     Estimate,
@@ -18,7 +19,7 @@ from mep.diagnostics import Diagnosis, diagnose
 from mep.energies import KL, PredictionError, Squared
 from mep.optim import EPOptimizer, param_groups
 from mep.settling import Anderson, GradientDescent, Limit, Sweep
-from mep.updates import SGD, Muon, Route
+from mep.updates import SGD, Dion, ErrorFeedback, Muon, Natural, Normalised, Route, Sign, TopK
 
 __version__ = "0.1.0"
 
@@ -29,15 +30,22 @@ __all__ = [
     "AutoBeta",
     "Chain",
     "Diagnosis",
+    "Dion",
     "EPOptimizer",
+    "ErrorFeedback",
     "Estimate",
     "GradientDescent",
     "Limit",
     "Muon",
+    "Natural",
+    "Normalised",
     "PredictionError",
     "Route",
+    "Sign",
+    "SpectralNorm",
     "Squared",
     "Sweep",
+    "TopK",
     "TraceError",
     "centered",
     "data",
@@ -50,6 +58,7 @@ __all__ = [
     "models",
     "one_sided",
     "param_groups",
+    "presets",
     "settle",
     "state_gradients",
     "trace",

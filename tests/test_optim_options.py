@@ -32,6 +32,7 @@ OPTIONS = {
     "settler": {"settler": mep.Limit()},
     "stencil": {"stencil": mep.centered},
     "beta": {"beta": mep.AutoBeta(0.5)},
+    "blockwise": {"blockwise": True, "settler": mep.Sweep(1), "update": mep.Normalised()},
     "settle_steps": {"settle_steps": 7},
     "settle_lr": {"settle_lr": 0.1},
 }

@@ -40,6 +40,15 @@ class Block(ABC):
     def product(self, point: Any, e: Tensor) -> Tensor:
         """Returns the part of ``J^T e`` that does not depend on the state (``W^T e``)."""
 
+    def product_through(self, point: Any, e: Tensor, weight: Tensor) -> Tensor:
+        """Returns the same with another matrix in the weight's place (feedback of its own)."""
+        raise AssertionError("the block has no single weight: `feedback_weight` is None")
+
+    @property
+    def feedback_weight(self) -> nn.Parameter | None:
+        """The weight that ``product_through`` can replace; None if there is no such one."""
+        return None
+
     @abstractmethod
     def pull(self, point: Any, product: Tensor) -> Tensor:
         """Completes ``J(s)^T e`` at a point from the product of the same block."""

@@ -59,6 +59,14 @@ class ClosedBlock(Block):
     def product(self, point: Point, e: Tensor) -> Tensor:
         return e if self.layer is None else self.layer.pull(point.values[-1], e)
 
+    def product_through(self, point: Point, e: Tensor, weight: Tensor) -> Tensor:
+        assert self.layer is not None
+        return self.layer.pull(point.values[-1], e, weight)
+
+    @property
+    def feedback_weight(self) -> nn.Parameter | None:
+        return None if self.layer is None else self.layer.weight
+
     def pull(self, point: Point, product: Tensor) -> Tensor:
         return self._pull_through(point, product, 0)
 

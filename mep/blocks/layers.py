@@ -43,8 +43,8 @@ class Layer(ABC):
         """Returns ``W d``, the displacement of the output."""
 
     @abstractmethod
-    def pull(self, a: Tensor, e: Tensor) -> Tensor:
-        """Returns ``W^T e``, with the shape of ``a``."""
+    def pull(self, a: Tensor, e: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Returns ``W^T e``, with the shape of ``a``; of another weight, if one is given."""
 
     @abstractmethod
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
@@ -80,10 +80,11 @@ class Linear(Layer):
             return F.linear(d, weight)
         return torch.mm(d, weight.t(), out=take(d, (d.shape[0], weight.shape[0])))
 
-    def pull(self, a: Tensor, e: Tensor) -> Tensor:
+    def pull(self, a: Tensor, e: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
         if e.dim() != 2 or torch.is_grad_enabled():
-            return e @ self.weight
-        return torch.mm(e, self.weight, out=take(e, a.shape))
+            return e @ weight
+        return torch.mm(e, weight, out=take(e, a.shape))
 
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
         weight = self.weight  # beta=0: its values are not read
@@ -112,11 +113,12 @@ class Conv2d(Layer):
     def push(self, d: Tensor) -> Tensor:
         return self._convolve(d, None)
 
-    def pull(self, a: Tensor, e: Tensor) -> Tensor:
-        return self._backward(a, e, (True, False, False))[0]
+    def pull(self, a: Tensor, e: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
+        return self._backward(a, e, weight, (True, False, False))[0]
 
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
-        return self._backward(a, e, (False, True, False))[1].mul_(scale)
+        return self._backward(a, e, self.weight, (False, True, False))[1].mul_(scale)
 
     def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         m = self.module
@@ -130,12 +132,14 @@ class Conv2d(Layer):
         m = self.module
         return F.conv2d(a, self.weight, bias, m.stride, m.padding, m.dilation, m.groups)
 
-    def _backward(self, a: Tensor, e: Tensor, wanted: tuple[bool, bool, bool]) -> list[Tensor]:
+    def _backward(
+        self, a: Tensor, e: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> list[Tensor]:
         m = self.module
         return torch.ops.aten.convolution_backward(
             e,
             a,
-            self.weight,
+            weight,
             None,
             m.stride,
             m.padding,

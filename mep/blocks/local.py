@@ -6,15 +6,20 @@ themselves, and every derivative comes from a graph that lives no longer than th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from mep.blocks.block import Block
+from mep.blocks.layers import Layer, layer_of
 from mep.curvature import Signal
 
 __all__ = ["LocalBlock"]
@@ -84,14 +89,16 @@ class LocalBlock(Block):
         wanted = [p for p in self._body.parameters() if p.requires_grad]
         if not wanted:
             return
-        with torch.enable_grad():
+        with torch.enable_grad(), _watched(self._body) as seen:
             out = self._evaluate(point, point.state)
-            found = torch.autograd.grad(out, wanted, e * scale, allow_unused=True)
-        for parameter, gradient in zip(wanted, found, strict=True):
+            inner = [output for _, _, output in seen]
+            found = torch.autograd.grad(out, wanted + inner, e, allow_unused=True)
+        rows = _rows(seen, found[len(wanted) :])
+        for parameter, gradient in zip(wanted, found, strict=False):
             if gradient is not None:
                 # autograd may hand out one tensor twice (for x + (a + b)): everyone gets his own
-                own = partial(gradient.clone, memory_format=torch.contiguous_format)
-                yield Signal(parameter, scale, e.shape[0], own)
+                form = partial(torch.mul, gradient.contiguous(), scale)
+                yield Signal(parameter, scale, e.shape[0], form, rows.get(id(parameter)))
 
     def commit(self, point: _Point) -> None:
         own = dict(self._body.named_buffers())
@@ -112,6 +119,45 @@ class LocalBlock(Block):
 
     def _copy_buffers(self) -> dict[str, Tensor]:
         return {name: buffer.clone() for name, buffer in self._body.named_buffers()}
+
+
+_Seen = list[tuple[Layer, Tensor, Tensor]]
+
+
+@contextmanager
+def _watched(body: nn.Module) -> Iterator[_Seen]:
+    """Notes layer, input and output of every inner weight that has a closed form."""
+    seen: _Seen = []
+
+    def watch(module: nn.Module) -> RemovableHandle | None:
+        layer = layer_of(module)
+        if layer is None or not layer.is_product or not layer.weight.requires_grad:
+            return None
+
+        def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            seen.append((layer, inputs[0].detach(), output))
+
+        return module.register_forward_hook(note)
+
+    handles = [watch(module) for module in body.modules()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            if handle is not None:
+                handle.remove()
+
+
+def _rows(
+    seen: _Seen, errors: tuple[Tensor | None, ...]
+) -> dict[int, Callable[[], tuple[Tensor, Tensor]]]:
+    """Activity and error of every inner weight that was used once, by the weight's id."""
+    uses = Counter(id(layer.weight) for layer, _, _ in seen)
+    return {
+        id(layer.weight): partial(layer.rows, a, e)
+        for (layer, a, _), e in zip(seen, errors, strict=True)
+        if e is not None and uses[id(layer.weight)] == 1
+    }
 
 
 def _copy(s: Tensor) -> Tensor:

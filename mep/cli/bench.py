@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mep.bench import depth as depth_benchmark
+from mep.bench import rules as rules_benchmark
 from mep.bench import speed as speed_benchmark
 from mep.cli import choices, options
 
@@ -47,3 +49,59 @@ def speed(
     with choices.running():
         record = speed_benchmark.run(config, choices.command_line(context))
     choices.show(speed_benchmark, record, out, "speed.png")
+
+
+@app.command()
+def rules(
+    context: typer.Context,
+    dataset: options.DatasetName = "mnist",
+    depths: Annotated[str, typer.Option(help="Numbers of weighted layers.")] = "3,30",
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 1,
+    seeds: Annotated[str, typer.Option(help="One complete run each.")] = "0,1,2",
+    tuning_steps: Annotated[
+        int, typer.Option(help="Updates per point of the learning rate's grid.")
+    ] = 200,
+    width: Annotated[int, typer.Option(help="Units per hidden layer.")] = 128,
+    batch: options.Batch = 128,
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs/bench-rules"),
+) -> None:
+    """Train by every preset, and by torch's optimizers with backprop, at tuned learning rates."""
+    with choices.usage():
+        choices.prepare(out, "cpu")
+        data = choices.load(dataset, data_dir, None)
+        config = rules_benchmark.RulesConfig(
+            depths=choices.integers("--depths", depths), epochs=epochs,
+            seeds=choices.integers("--seeds", seeds), tuning_steps=tuning_steps, width=width,
+            batch=batch,
+        )  # fmt: skip
+    with choices.running():
+        record = rules_benchmark.run(config, data, out, choices.command_line(context))
+    choices.show(rules_benchmark, record, out, "rules.png")
+
+
+@app.command()
+def depth(
+    context: typer.Context,
+    preset: Annotated[
+        str, typer.Option(metavar="|".join(depth_benchmark.PRESETS), help="What trains.")
+    ] = "smep",
+    dataset: options.DatasetName = "mnist",
+    depths: Annotated[str, typer.Option(help="Numbers of weighted layers.")] = "3,30,300,1000",
+    steps: Annotated[int, typer.Option(help="Updates.")] = 300,
+    width: Annotated[int, typer.Option(help="Units per hidden layer.")] = 128,
+    batch: options.Batch = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data order.")] = 0,
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs/bench-depth"),
+) -> None:
+    """Train by one preset as it comes, from shallow to very deep."""
+    with choices.usage():
+        choices.prepare(out, "cpu")
+        data = choices.load(dataset, data_dir, None)
+        config = depth_benchmark.DepthConfig(
+            preset, choices.integers("--depths", depths), steps, width, batch, seed
+        )
+    with choices.running():
+        record = depth_benchmark.run(config, data, out, choices.command_line(context))
+    choices.show(depth_benchmark, record, out, "depth.png")

@@ -22,7 +22,8 @@ class Constraint(ABC):
 
         Args:
             parameter: any parameter.
-            role: ``"hidden"``, ``"first"``, ``"last"``, ``"embedding"`` or ``"vector"``.
+            role: ``"hidden"``, ``"first"``, ``"last"``, ``"only"``, ``"embedding"`` or
+                ``"vector"``.
         """
 
     @abstractmethod

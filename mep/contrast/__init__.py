@@ -1,22 +1,26 @@
 """Stencils and the estimator: nudged phases -> local signals -> gradients."""
 
+from mep.contrast.blockwise import check_blockwise, contrast_blockwise
 from mep.contrast.estimate import Estimate, Sink, contrast, estimate
 from mep.contrast.fisher import free_signals
 from mep.contrast.inspect import energy, free_states, settle, state_gradients
 from mep.contrast.phases import chain_of, free_phase
 from mep.contrast.settings import Settings, settings
 from mep.contrast.stencils import Stencil, centered, five_point, one_sided
-from mep.contrast.strength import AutoBeta
+from mep.contrast.strength import AutoBeta, Easing
 
 __all__ = [
     "AutoBeta",
+    "Easing",
     "Estimate",
     "Settings",
     "Sink",
     "Stencil",
     "centered",
     "chain_of",
+    "check_blockwise",
     "contrast",
+    "contrast_blockwise",
     "energy",
     "estimate",
     "five_point",

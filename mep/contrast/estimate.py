@@ -29,7 +29,7 @@ from mep.settling import (
     settle,
 )
 
-__all__ = ["Estimate", "Sink", "contrast", "estimate"]
+__all__ = ["Estimate", "Sink", "contrast", "estimate", "summary"]
 
 Sink = Callable[[Signal], None]
 
@@ -144,7 +144,7 @@ def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0)
     # The errors vanish at the free equilibrium: a node at 0 adds nothing.
     nodes = [(b, w) for b, w in how.stencil(beta) if b != 0]
     phases = [settle(how.energy.nudged(free, b), how.settler) for b, _ in nodes]
-    found = _summary(free, phases, nodes)
+    found = summary(free, phases, nodes)
     if found.status == DIVERGED:
         warnings.warn(_divergence(found, how), stacklevel=3)
         return found
@@ -160,7 +160,8 @@ def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0)
     return found
 
 
-def _summary(free: FreePhase, phases: list[Settled], nodes: list[tuple[float, float]]) -> Estimate:
+def summary(free: FreePhase, phases: list[Settled], nodes: list[tuple[float, float]]) -> Estimate:
+    """Returns the verdict on a batch: the worst over its nudged phases."""
     statuses = {phase.status for phase in phases}
     loss = free.loss.mean()
     worst = next(s for s in (DIVERGED, NOT_SETTLED, LIMIT, CONVERGED) if s in statuses)

@@ -28,10 +28,12 @@ def free_signals(free: FreePhase, targets: str) -> dict[int, list[Signal]]:
         targets: ``"empirical"`` or ``"true"``.
 
     Returns:
-        By the ``id`` of the parameter, one signal per direction and place in the model.
+        By the ``id`` of the parameter, one signal per direction and place in the model. The sign
+        of a direction is arbitrary; only squares are meant to be taken.
 
     Raises:
-        ValueError: if the exact expectation does not exist for the cost and the output's shape.
+        ValueError: if ``targets`` is another word, or the exact expectation does not exist for the
+            cost and the shape of the output.
 
     Source: Martens 2020, sec. 5; Kunstner et al. 2019 (the two are not the same).
     """
@@ -44,6 +46,8 @@ def free_signals(free: FreePhase, targets: str) -> dict[int, list[Signal]]:
 
 
 def _sweeps(free: FreePhase, targets: str) -> Iterator[list[Tensor]]:
+    if targets not in ("empirical", "true"):
+        raise ValueError(f"`targets` must be 'empirical' or 'true', got {targets!r}")
     if targets == "empirical":
         yield free.unit.errors
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from operator import itemgetter
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mep.blocks import Chain, trace
 from mep.contrast.settings import Settings
 from mep.energies import FreePhase
+from mep.settling import TRANSPOSE
 
 __all__ = ["chain_of", "check_input", "free_phase"]
 
@@ -54,16 +56,35 @@ def chain_of(model: nn.Module, gradient_method: str = "analytic") -> Chain:
     return chain
 
 
-def free_phase(model: nn.Module, x: Tensor, target: Tensor, how: Settings) -> FreePhase:
+def free_phase(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    how: Settings,
+    feedback: Mapping[int, Tensor] | None = None,
+) -> FreePhase:
     """Checks a batch and runs its free phase.
+
+    Args:
+        model: the model.
+        x: input, ``(B, *in)``.
+        target: target as the cost takes it.
+        how: the strategy.
+        feedback: by the ``id`` of a weight, the matrix that carries errors down in its place;
+            needed where the settler asks for one.
 
     Raises:
         TypeError, ValueError: if input or target do not fit the model and the cost. Parameters and
             buffers are as they were.
     """
+    if feedback is None and how.settler.feedback != TRANSPOSE:
+        raise ValueError(
+            f"`feedback={how.settler.feedback!r}` keeps weights of its own, which live in an "
+            "EPOptimizer: call its step(x=..., target=...), or use feedback='transpose' here"
+        )
     chain = chain_of(model, how.gradient_method)
     check_input(chain, x)
-    return FreePhase(chain, x, target, how.cost)
+    return FreePhase(chain, x, target, how.cost, feedback)
 
 
 def check_input(model: Chain | nn.Module, x: Tensor) -> None:

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from mep.energies import FreePhase
+from mep.settling import CONVERGED
 
-__all__ = ["AutoBeta", "check_beta", "strength_of"]
+__all__ = ["AutoBeta", "Easing", "check_beta", "strength_of"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,34 @@ def check_beta(beta: float | str | AutoBeta) -> float | AutoBeta:
     if not (beta > 0 and math.isfinite(beta)):
         raise ValueError(f"`beta` must be a finite number > 0, got {beta}")
     return float(beta)
+
+
+@dataclass
+class Easing:
+    """A nudge that gives way where settling is judged only after the update.
+
+    Attributes:
+        factor: on the nudging strength; halved after a batch that has not settled, restored by a
+            tenth after one that has. In [2^-10, 1].
+
+    >>> easing = Easing()
+    >>> easing.learn("not settled")
+    >>> easing.eased(AutoBeta(0.05))
+    AutoBeta(c=0.025)
+    """
+
+    factor: float = 1.0
+
+    def eased(self, beta: float | AutoBeta) -> float | AutoBeta:
+        """Returns the strength for the next batch."""
+        if isinstance(beta, AutoBeta):
+            return AutoBeta(beta.c * self.factor)
+        return beta * self.factor
+
+    def learn(self, status: str) -> None:
+        """Takes note of how a batch has settled."""
+        settled = status == CONVERGED
+        self.factor = min(1.0, self.factor * 1.1) if settled else max(2**-10, self.factor / 2)
 
 
 def strength_of(beta: float | AutoBeta, free: FreePhase) -> float:

@@ -1,5 +1,6 @@
 """Local signals and what follows from them. Knows nothing of EP."""
 
+from mep.curvature.kronecker import kronecker_factors
 from mep.curvature.signal import Factors, Signal
 
-__all__ = ["Factors", "Signal"]
+__all__ = ["Factors", "Signal", "kronecker_factors"]

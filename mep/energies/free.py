@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ class FreePhase:
         x: input, shape ``(B, *in)``.
         target: target as the cost takes it.
         cost: the cost.
+        feedback: by the ``id`` of a block's weight, the matrix that carries errors down in its
+            place (learning without weight transport); empty for the weights' own transposes.
 
     Raises:
         TypeError, ValueError: if input or target do not fit; nothing has changed then.
@@ -34,12 +38,28 @@ class FreePhase:
         loss: cost per sample, shape ``(B,)``.
     """
 
-    def __init__(self, chain: Chain, x: Tensor, target: Tensor, cost: Cost) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        x: Tensor,
+        target: Tensor,
+        cost: Cost,
+        feedback: Mapping[int, Tensor] | None = None,
+    ) -> None:
         self.chain = chain
         self.cost = cost
+        self.feedback = feedback
         self.states, self.points = chain.free(x)
         self.target = cost.prepare(target, self.states[-1])
         self.loss = cost.value(self.states[-1], self.target)
+
+    def product(self, i: int, point: Any, e: Tensor) -> Tensor:
+        """Returns block ``i``'s ``W^T e``, or ``B^T e`` where it has feedback of its own."""
+        block = self.chain.blocks[i]
+        if not self.feedback:
+            return block.product(point, e)
+        other = self.feedback.get(id(block.feedback_weight))
+        return block.product(point, e) if other is None else block.product_through(point, e, other)
 
     @cached_property
     def cost_gradient(self) -> Tensor:
@@ -56,18 +76,24 @@ class FreePhase:
         """The backward sweep and the norms of its errors, the output's first."""
         e = -self.cost_gradient
         errors, products, norms = [e], [], [torch.linalg.vector_norm(e)]
-        for block, point in zip(self.chain.blocks[:0:-1], self.points[:0:-1], strict=True):
-            products.append(block.product(point, e))
-            e = block.pull(point, products[-1])
+        for i in reversed(range(1, len(self.points))):
+            products.append(self.product(i, self.points[i], e))
+            e = self.chain.blocks[i].pull(self.points[i], products[-1])
             errors.append(e)
             norms.append(torch.linalg.vector_norm(e))  # while it is in the cache
         return Messages(errors[::-1], products[::-1]), norms
 
+    @property
+    def sound(self) -> bool:
+        """True if loss and errors are finite."""
+        return math.isfinite(float(self.loss.sum() + torch.stack(self._swept[1]).sum()))
+
     def descend(self, e: Tensor) -> list[Tensor]:
         """Returns the errors ``e_1 ... e_L`` that any error of the output sends down."""
         errors = [e]
-        for block, point in zip(self.chain.blocks[:0:-1], self.points[:0:-1], strict=True):
-            errors.append(block.pull(point, block.product(point, errors[-1])))
+        for i in reversed(range(1, len(self.points))):
+            product = self.product(i, self.points[i], errors[-1])
+            errors.append(self.chain.blocks[i].pull(self.points[i], product))
         return errors[::-1]
 
     @cached_property

@@ -10,7 +10,7 @@ Errors are carried per unit of beta: they keep an ordinary size however weak the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,13 @@ class Nudged:
         free: the free phase.
         output: the energy of the output layer.
         beta: nudging strength, of either sign.
+
+    Attributes:
+        visit: called by a first forward sweep with every block's number, point and error, in
+            order, as soon as they are final and the sweep has no more use for the block.
     """
+
+    visit: Callable[[int, Any, Tensor], None] | None = None
 
     def __init__(self, free: FreePhase, output: OutputEnergy, beta: float) -> None:
         self.free = free
@@ -130,6 +136,8 @@ class Nudged:
             else:
                 d, errors[i] = self._rest(i, delta, inner)
                 displacements.append(d)
+            if self.visit is not None:
+                self.visit(i, points[i], errors[i])
         at = self._read(displacements, errors, points)
         at.at_kinks = messages.inners is not None
         if messages.products is not None and isinstance(self.output, Squared):
@@ -148,7 +156,7 @@ class Nudged:
     def _forces(self, at: Configuration) -> Iterator[Tensor]:
         signals = at.local_errors()
         for i, block in enumerate(self.blocks[1:], start=1):
-            product = block.product(at.points[i], signals[i])
+            product = self.free.product(i, at.points[i], signals[i])
             inner = block.inner(at.points[i], product) if at.at_kinks else None
             if inner is None:
                 yield at.errors[i - 1] - block.pull(at.points[i], product)
@@ -180,7 +188,7 @@ class Nudged:
         inners: list[Tensor | None] = [None]
         for i in reversed(range(1, len(self.blocks))):
             block, point = self.blocks[i], at.points[i]
-            products.append(block.product(point, e))
+            products.append(self.free.product(i, point, e))
             inner = block.inner(point, products[-1]) if exact_ramps else None
             if inner is None:
                 e = block.pull(point, products[-1])

@@ -31,10 +31,11 @@ def roles(model: nn.Module | None, parameters: Iterable[Tensor]) -> dict[int, tu
         role: Role = "vector" if p.dim() < 2 else "embedding" if id(p) in tables else "hidden"
         found[id(p)] = name, role
     matrices = [key for key, (_, role) in found.items() if role == "hidden"]
+    ends: dict[int, Role] = {}
     if matrices:
-        found[matrices[-1]] = found[matrices[-1]][0], "last"
-        found[matrices[0]] = found[matrices[0]][0], "first"
-    return found
+        alone = len(matrices) == 1
+        ends = {matrices[0]: "only"} if alone else {matrices[0]: "first", matrices[-1]: "last"}
+    return {key: (name, ends.get(key, role)) for key, (name, role) in found.items()}
 
 
 def param_groups(model: nn.Module, lr: float, *, depth_scale: bool = True) -> list[dict[str, Any]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,40 +13,29 @@ from mep.blocks import Buffers
 from mep.constraints import Constraint
 from mep.contrast import (
     AutoBeta,
+    Easing,
     Estimate,
     Settings,
     Stencil,
     chain_of,
-    contrast,
+    check_blockwise,
+    contrast_blockwise,
     free_phase,
     free_signals,
     settings,
 )
-from mep.contrast.phases import check_input
 from mep.curvature import Signal
 from mep.energies import Cost, Energy, FreePhase, cost_of
+from mep.optim.feedback import check_learning, feedback_weights
 from mep.optim.gradients import Gradients
 from mep.optim.groups import roles
+from mep.optim.sources import Batch, by_backprop, by_contrast
 from mep.optim.updating import Updating
-from mep.settling import DIVERGED, GradientDescent, Solver
+from mep.optim.wording import with_settler
+from mep.settling import KOLEN_POLLACK, TRANSPOSE, Solver
 from mep.updates import Rule
 
 __all__ = ["EPOptimizer"]
-
-
-@dataclass
-class _Step:
-    """What one batch has given: loss, gradients, whether they can be used, and what is left to do.
-
-    ``keep_statistics`` takes whether an update was made; ``free`` is the free phase, where there
-    is one.
-    """
-
-    loss: Tensor
-    gradients: Gradients
-    usable: bool
-    keep_statistics: Callable[[bool], None]
-    free: FreePhase | None
 
 
 class EPOptimizer(torch.optim.Optimizer):
@@ -81,6 +69,9 @@ class EPOptimizer(torch.optim.Optimizer):
         settle_steps: selects gradient settling with so many steps.
         settle_lr: selects gradient settling with this step size.
         gradient_method: ``"analytic"`` (default) or ``"autograd"``.
+        blockwise: True updates every block during the nudged sweep, as soon as its own signal is
+            there, so that no gradient outlives its block. Takes ``mep.Sweep(1)``; a residual above
+            tolerance is known only afterwards and halves the nudge of the next step.
         max_skipped: after more updates than this skipped in a row, because settling diverged,
             ``step`` raises. >= 0.
 
@@ -125,6 +116,7 @@ class EPOptimizer(torch.optim.Optimizer):
         settle_steps: int | None = None,
         settle_lr: float | None = None,
         gradient_method: str | None = None,
+        blockwise: bool = False,
         max_skipped: int = 10,
     ) -> None:
         if mode not in ("ep", "backprop"):
@@ -141,6 +133,7 @@ class EPOptimizer(torch.optim.Optimizer):
             "stencil": stencil,
             "beta": beta,
             "gradient_method": gradient_method,
+            "blockwise": blockwise or None,
         }
         chosen = {name: value for name, value in options.items() if value is not None}
         if chosen and (mode == "backprop" or model is None):
@@ -148,13 +141,15 @@ class EPOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{why}: drop {', '.join(sorted(chosen))}")
         self.model = model
         self.mode = mode
+        self.blockwise = chosen.pop("blockwise", False)
+        self._strength = Easing()
         self._updating = Updating(update, constraint, clip_norm)
         self.max_skipped = max_skipped
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.last: Estimate | None = None
         self._buffers = Buffers()
-        self.how: Settings = settings(cost=cost_of(cost), **_with_settler(chosen))
+        self.how: Settings = settings(cost=cost_of(cost), **with_settler(chosen))
         defaults = {
             "lr": lr,
             "lr_scale": 1.0,
@@ -164,7 +159,17 @@ class EPOptimizer(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         if mode == "ep" and model is not None:
-            chain_of(model, self.how.gradient_method)  # refuse an unreadable model at once
+            chain = chain_of(model, self.how.gradient_method)  # refuse an unreadable model at once
+            self._feedback(model)
+            if self.how.settler.feedback == KOLEN_POLLACK:
+                check_learning(self.param_groups, self.rule)
+            if self.blockwise:
+                check_blockwise(self.how, chain)
+        if self.blockwise and clip_norm is not None:
+            raise ValueError(
+                "`blockwise=True` knows no norm over all blocks: drop `clip_norm`, or use "
+                "update=mep.Normalised(), whose steps have a length of their own"
+            )
 
     @property
     def rule(self) -> Rule:
@@ -236,11 +241,12 @@ class EPOptimizer(torch.optim.Optimizer):
             )
         if self.model is None:
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
-        estimator = self._contrast if self.mode == "ep" else self._backprop
         with torch.no_grad(), self._buffers.lend():
-            found = estimator(self.model, x, target)
-            found.keep_statistics(self._update(found.gradients, found.usable, found.free))
-        return found.loss
+            if self.blockwise:
+                return self._step_blockwise(self.model, x, target)
+            batch = self._estimate(self.model, x, target)
+            batch.keep_statistics(self._update(batch.gradients, batch.usable, batch.free))
+        return batch.loss
 
     def _step_on_grad(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
@@ -258,40 +264,45 @@ class EPOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _contrast(self, model: nn.Module, x: Tensor, target: Tensor) -> _Step:
-        gradients = Gradients(self._updating.factored(self._parameters(), self._roles))
-        free = free_phase(model, x, target, self.how)
-        self.last = contrast(free, self.how, gradients.collect)
-        usable = self.last.status != DIVERGED
-        return _Step(
-            self.last.loss, gradients, usable, lambda taken: free.commit() if taken else None, free
-        )
+    def _estimate(self, model: nn.Module, x: Tensor, target: Tensor) -> Batch:
+        if self.mode == "backprop":
+            observes = self._updating.observes
+            return by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
+        free = free_phase(model, x, target, self.how, self._feedback(model))
+        factored = self._updating.factored(self._parameters(), self._roles)
+        batch = by_contrast(free, self.how, factored)
+        self.last = batch.estimate
+        return batch
 
-    def _backprop(self, model: nn.Module, x: Tensor, target: Tensor) -> _Step:
-        check_input(model, x)
-        buffers = [(b, b.clone()) for b in model.buffers()]
+    def _step_blockwise(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        free = free_phase(model, x, target, self.how, self._feedback(model))
+        if self._updating.observes and free.sound:
+            self._observe(free)
+        factored = self._updating.factored(self._parameters(), self._roles)
+        homes = {id(p): group for group in self.param_groups for p in group["params"]}
+        finite = []
 
-        def keep_statistics(taken: bool) -> None:
-            """Neither bad input nor a skipped update moves a running statistic."""
-            for buffer, before in buffers if not taken else ():
-                buffer.data.copy_(before)
+        def update(signals: list[Signal]) -> None:
+            gradients = Gradients(factored)
+            for signal in signals:
+                gradients.collect(signal)
+            finite.append(gradients.finite())
+            if finite[-1]:
+                own = [s.parameter for s in signals if id(s.parameter) in homes]
+                groups = [{**homes[id(p)], "params": [p]} for p in own]
+                self._apply(gradients, groups, free)
 
-        try:
-            with torch.enable_grad():
-                loss = self.how.cost.mean(model(x), target)
-        except Exception:
-            keep_statistics(False)
-            raise
-        gradients = Gradients()
-        owned = [p for p in self._parameters() if p.requires_grad]
-        found = torch.autograd.grad(loss, owned, allow_unused=True) if owned else ()
-        for p, g in zip(owned, found, strict=True):
-            if g is not None:
-                gradients.put(p, g)
-        free = free_phase(model, x, target, self.how) if self._updating.observes else None
-        return _Step(loss.detach(), gradients, math.isfinite(loss.item()), keep_statistics, free)
+        how = replace(self.how, beta=self._strength.eased(self.how.beta))
+        self.last = contrast_blockwise(free, how, update)
+        self._strength.learn(self.last.status)
+        if any(finite):
+            free.commit()
+        self._count(bool(finite) and all(finite))
+        return self.last.loss
 
-    def _update(self, gradients: Gradients, usable: bool = True, free: Any = None) -> bool:
+    def _update(
+        self, gradients: Gradients, usable: bool = True, free: FreePhase | None = None
+    ) -> bool:
         """Applies the rules unless something is not finite; returns whether it did."""
         usable = usable and gradients.finite()
         self._count(usable)
@@ -299,8 +310,22 @@ class EPOptimizer(torch.optim.Optimizer):
             return False
         if self._updating.observes:
             self._observe(free)
-        self._updating.apply(gradients, self.param_groups, self._roles, self.state)
+        self._apply(gradients, self.param_groups, free)
         return True
+
+    def _apply(
+        self, gradients: Gradients, groups: list[dict[str, Any]], free: FreePhase | None
+    ) -> None:
+        learned = self.how.settler.feedback == KOLEN_POLLACK
+        twins = free.feedback if learned and free is not None else None
+        self._updating.apply(gradients, groups, self._roles, self.state, twins or {})
+
+    def _feedback(self, model: nn.Module) -> dict[int, Tensor] | None:
+        feedback = self.how.settler.feedback
+        if feedback == TRANSPOSE:
+            return None
+        states = {id(p): self.state[p] for p in self._parameters()}
+        return feedback_weights(chain_of(model, self.how.gradient_method), states, feedback)
 
     def _observe(self, free: FreePhase | None) -> None:
         def signals(targets: str) -> dict[int, list[Signal]]:
@@ -326,7 +351,11 @@ class EPOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's state dict with the count of skipped updates."""
-        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        counts = {
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "easing": self._strength.factor,
+        }
         return {**super().state_dict(), "ep": counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -337,6 +366,7 @@ class EPOptimizer(torch.optim.Optimizer):
         counts = state_dict.get("ep", {})
         self.skipped = counts.get("skipped", 0)
         self.skipped_in_a_row = counts.get("skipped_in_a_row", 0)
+        self._strength.factor = counts.get("easing", 1.0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -349,6 +379,8 @@ class EPOptimizer(torch.optim.Optimizer):
             "model",
             "mode",
             "_updating",
+            "_strength",
+            "blockwise",
             "how",
             "last",
             "max_skipped",
@@ -356,18 +388,3 @@ class EPOptimizer(torch.optim.Optimizer):
             "skipped_in_a_row",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
-
-
-def _with_settler(chosen: dict[str, Any]) -> dict[str, Any]:
-    """Replaces ``settle_steps`` and ``settle_lr`` by the solver that they select."""
-    names = {"settle_steps": "max_steps", "settle_lr": "lr"}
-    given = {names[name]: value for name, value in chosen.items() if name in names}
-    if not given:
-        return chosen
-    if "settler" in chosen:
-        raise ValueError(
-            "`settle_steps` and `settle_lr` select gradient settling; with `settler=` give "
-            "mep.GradientDescent(max_steps=..., lr=...) instead"
-        )
-    rest = {name: value for name, value in chosen.items() if name not in names}
-    return {**rest, "settler": GradientDescent(**given)}

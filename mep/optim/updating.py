@@ -75,19 +75,40 @@ class Updating:
                     self.constraint.prepare(p, state[p])
 
     def apply(
-        self, gradients: Gradients, groups: Sequence[dict[str, Any]], roles: Roles, state: States
+        self,
+        gradients: Gradients,
+        groups: Sequence[dict[str, Any]],
+        roles: Roles,
+        state: States,
+        twins: Mapping[int, Tensor],
     ) -> None:
-        """Changes all parameters that have a gradient."""
+        """Changes all parameters that have a gradient.
+
+        Args:
+            gradients: of the parameters.
+            groups: parameter groups.
+            roles: of the parameters.
+            state: per parameter.
+            twins: by the ``id`` of a parameter, a tensor that takes the same steps by its own
+                state (Kolen-Pollack feedback).
+        """
         if self.clip_norm is not None:
             gradients.clip(self.clip_norm)
         for group in groups:
             chosen = [p for p in group["params"] if gradients.of(p) is not None]
             for rule, factor, parameters in self.shares(chosen, roles):
                 numbers = group if factor == 1 else {**group, "lr": group["lr"] * factor}
-                found = [gradients.of(p) for p in parameters]
+                found: list[Any] = [gradients.of(p) for p in parameters]
                 if not rule.takes_factors:
-                    found = [dense(g) for g in found if g is not None]
-                rule.step(parameters, found, [state[p] for p in parameters], numbers)
+                    found = [dense(g) for g in found]
+                states = [state[p] for p in parameters]
+                doubled = [k for k, p in enumerate(parameters) if id(p) in twins]
+                rule.step(
+                    [*parameters, *(twins[id(parameters[k])] for k in doubled)],
+                    [*found, *(dense(found[k]).clone() for k in doubled)],
+                    [*states, *(states[k].setdefault("feedback_state", {}) for k in doubled)],
+                    numbers,
+                )
             if self.constraint is not None:
                 held = [p for p in chosen if self.constraint.holds_for(p, roles[id(p)][1])]
                 self.constraint.apply(held, [state[p] for p in held])

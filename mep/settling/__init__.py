@@ -1,14 +1,16 @@
 """The one settling loop and its small solvers. Sees a problem, never blocks or energies."""
 
-from mep.settling.loop import Iterate, Messages, Problem, Solver, settle
+from mep.settling.loop import TRANSPOSE, Iterate, Messages, Problem, Solver, settle
 from mep.settling.result import CONVERGED, DIVERGED, LIMIT, NOT_SETTLED, Measured, Residual, Settled
-from mep.settling.solvers import Anderson, GradientDescent, Limit, Sweep
+from mep.settling.solvers import KOLEN_POLLACK, Anderson, GradientDescent, Limit, Sweep
 
 __all__ = [
     "CONVERGED",
     "DIVERGED",
+    "KOLEN_POLLACK",
     "LIMIT",
     "NOT_SETTLED",
+    "TRANSPOSE",
     "Anderson",
     "GradientDescent",
     "Iterate",

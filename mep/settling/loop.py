@@ -12,8 +12,10 @@ from torch import Tensor
 
 from mep.settling.result import CONVERGED, DIVERGED, NOT_SETTLED, Residual, Settled
 
-__all__ = ["Iterate", "Messages", "Problem", "Solver", "settle"]
+__all__ = ["TRANSPOSE", "Iterate", "Messages", "Problem", "Solver", "settle"]
 
+# Errors descend by the transposes of the weights themselves.
+TRANSPOSE = "transpose"
 # A result is called converged at this median residual where a solver names no tolerance.
 DEFAULT_TOLERANCE = 1e-2
 # The nudge itself is 1. Residuals of a few happen where kinks flip to and fro; far beyond it, the
@@ -98,11 +100,13 @@ class Solver(ABC):
     Attributes:
         max_steps: at most this many steps (or sweeps).
         tol: median residual at which to stop, or None to take all steps.
+        feedback: what carries errors down: ``"transpose"`` is the gradient of the energy.
     """
 
     max_steps: int
     tol: float | None
     final_status: str | None = None
+    feedback: str = TRANSPOSE
 
     @abstractmethod
     def start(self, problem: Problem) -> Iterate:

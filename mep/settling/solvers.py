@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.settling.loop import Iterate, Messages, Problem, Solver
+from mep.settling.loop import TRANSPOSE, Iterate, Messages, Problem, Solver
 from mep.settling.result import LIMIT
 
 __all__ = ["Anderson", "GradientDescent", "Limit", "Sweep"]
+
+
+RANDOM, KOLEN_POLLACK = "random", "kolen-pollack"
+FEEDBACKS = (TRANSPOSE, RANDOM, KOLEN_POLLACK)
 
 
 @dataclass(frozen=True)
@@ -84,25 +88,40 @@ class GradientDescent(Solver):
 class Sweep(Solver):
     """Backward sweep ``e_i = J_{i+1}^T e_{i+1}``, nudged forward sweep, until settled.
 
+    With feedback of its own a sweep learns without weight transport: ``e_i = phi'(s_i) B_{i+1}^T
+    e_{i+1}`` with matrices ``B`` beside the weights. That is a vector field, and there is no
+    energy whose gradient it is; its zero is settled, measured and contrasted all the same. The
+    matrices live in the ``EPOptimizer``, as part of its state.
+
     Args:
         max_sweeps: at most this many, >= 1.
         tol: median residual at which to stop, or None to take all sweeps.
+        feedback: ``"transpose"`` (``B = W``, the energy's own gradient), ``"random"`` (fixed) or
+            ``"kolen-pollack"`` (``B`` takes the same updates as ``W``; weight decay, which must
+            not be 0 then, lets both forget where they started).
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if an option is out of range.
 
     >>> Sweep(max_sweeps=5, tol=1e-4)
-    Sweep(max_sweeps=5, tol=0.0001)
+    Sweep(max_sweeps=5, tol=0.0001, feedback='transpose')
 
     Source: the nudged equilibrium equations of Whittington & Bogacz 2017, sec. 2.3, solved by
-    Gauss-Seidel passes from the top down and from the bottom up.
+    Gauss-Seidel passes from the top down and from the bottom up; Lillicrap et al. 2016 (random
+    feedback); Akrout et al. 2019, sec. 2 (Kolen-Pollack).
     """
 
     max_sweeps: int = 3
     tol: float | None = 1e-2
+    feedback: str = TRANSPOSE
 
     def __post_init__(self) -> None:
-        _check(self, max_sweeps=_count(self.max_sweeps), tol=_tolerance(self.tol))
+        _check(
+            self,
+            max_sweeps=_count(self.max_sweeps),
+            tol=_tolerance(self.tol),
+            feedback=(self.feedback in FEEDBACKS, f"one of {FEEDBACKS}"),
+        )
 
     @property
     def max_steps(self) -> int:  # type: ignore[override]

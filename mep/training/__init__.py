@@ -5,7 +5,7 @@ from mep.training.atomic import atomic_write
 from mep.training.checkpoint import CheckpointError, Checkpointing, load_checkpoint
 from mep.training.config import SCHEDULES, TrainingConfig
 from mep.training.evaluation import accuracy
-from mep.training.loop import fit
+from mep.training.loop import batches, fit
 from mep.training.observers import Observer, ProgressBar, TensorBoard
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "TrainingConfig",
     "accuracy",
     "atomic_write",
+    "batches",
     "fit",
     "load_checkpoint",
 ]

@@ -22,7 +22,7 @@ from mep.training.observers import Observer
 if TYPE_CHECKING:
     from mep.data import Dataset
 
-__all__ = ["fit", "permutation"]
+__all__ = ["batches", "fit", "permutation"]
 
 
 def permutation(samples: int, seed: int, epoch: int) -> Tensor:
@@ -37,6 +37,29 @@ def permutation(samples: int, seed: int, epoch: int) -> Tensor:
     # 64-bit mix of both numbers: seed + epoch would give seed 1 the orders of seed 0, shifted.
     mixed = (seed * 0x9E3779B97F4A7C15 + epoch) % 2**63
     return torch.randperm(samples, generator=torch.Generator().manual_seed(mixed))
+
+
+def batches(data: Dataset, size: int, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields so many whole training batches, in the order of ``permutation``.
+
+    Args:
+        data: the data set.
+        size: samples per batch, at most the training set's.
+        seed: of the order.
+        steps: number of batches, over as many epochs as it takes.
+
+    Raises:
+        ValueError: if a batch is larger than the training set.
+    """
+    per_epoch = len(data.x_train) // size
+    if per_epoch == 0:
+        raise ValueError(f"`batch` is {size}, but there are {len(data.x_train)} training samples.")
+    for step in range(steps):
+        epoch, k = divmod(step, per_epoch)
+        if k == 0:
+            order = permutation(len(data.x_train), seed, epoch)
+        index = order[k * size : (k + 1) * size]
+        yield data.x_train[index], data.y_train[index]
 
 
 def fit(

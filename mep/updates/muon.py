@@ -58,7 +58,7 @@ class Muon(MatrixRule):
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"`Muon(steps=...)` must be a whole number >= 1, got {self.steps!r}")
-        if self.coefficients not in COEFFICIENTS:
+        if self.coefficients not in tuple(COEFFICIENTS):
             raise ValueError(
                 f"`Muon(coefficients=...)` must be one of {sorted(COEFFICIENTS)}, "
                 f"got {self.coefficients!r}"

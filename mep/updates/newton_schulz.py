@@ -11,11 +11,22 @@ __all__ = ["COEFFICIENTS", "orthogonalise"]
 
 Quintic = tuple[float, float, float]
 
+
+def _with_margin(*steps: Quintic, margin: float = 1.01) -> tuple[Quintic, ...]:
+    """Shrinks what every step but the last is given: beyond 1 these polynomials run away.
+
+    A matrix of rank one starts at 1, and bfloat16 may round it up. The first step takes the
+    margin of the norm that its matrix was divided by as well.
+    """
+    margins = [margin**2, *(margin for _ in steps[1:-1]), 1.0]
+    return tuple((a / m, b / m**3, c / m**5) for (a, b, c), m in zip(steps, margins, strict=True))
+
+
 COEFFICIENTS: dict[str, tuple[Quintic, ...]] = {
     # One polynomial for every step: steep at 0, and then about 1 within +-0.3.
     "standard": ((3.4445, -4.7750, 2.0315),),
     # The best polynomial for what the steps before have left; the last one is repeated.
-    "polar-express": (
+    "polar-express": _with_margin(
         (8.28721201814563, -23.595886519098837, 17.300387312530933),
         (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
         (3.9486908534822946, -2.908902115962949, 0.5518191394370137),

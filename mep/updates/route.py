@@ -75,7 +75,8 @@ class Route(Rule):
 
     def assign(self, parameter: Tensor, role: Role) -> tuple[Rule, float] | None:
         plain = role in ("vector", "embedding") or parameter.numel() < self.at_least
-        if plain or (role == "first" and self.first) or (role == "last" and self.last):
+        ends = {"first": self.first, "last": self.last, "only": self.first or self.last}
+        if plain or ends.get(role, False):
             found = self.vector.assign(parameter, role)
             return found and (found[0], found[1] * self.vector_lr)
         return self.matrix.assign(parameter, role)

@@ -14,9 +14,10 @@ __all__ = ["Gradient", "MatrixRule", "Role", "Rule", "check_numbers", "dense"]
 
 Gradient = Tensor | Factors
 
-Role = Literal["hidden", "first", "last", "embedding", "vector"]
+Role = Literal["hidden", "first", "last", "only", "embedding", "vector"]
 """What a parameter is to the model: a matrix or kernel between the first and the last, one of these
-two, an embedding's table, or anything of less than two dimensions (biases, normalisations)."""
+two, or both at once, an embedding's table, or anything of less than two dimensions (biases,
+normalisations)."""
 
 
 class Rule(ABC):
@@ -53,8 +54,8 @@ class Rule(ABC):
 
         Args:
             parameters: of one group, those that have a gradient.
-            gradients: of the same shapes; may be overwritten. Tensors, or ``Factors`` where the
-                rule takes them and the gradient's source has them.
+            gradients: of the same shapes, not to be changed: they may be the user's own. Tensors,
+                or ``Factors`` where the rule takes them and the gradient's source has them.
             states: one dictionary per parameter, kept from step to step.
             group: the numbers: ``lr`` and what else the rule reads.
         """

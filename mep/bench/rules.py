@@ -1,0 +1,345 @@
+"""Update rules against each other: presets by EP, torch's optimizers by backprop."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mep
+from mep.bench.plot import canvas, styled
+from mep.bench.record import Record
+from mep.bench.table import Table, number, percent
+from mep.training import accuracy, atomic_write, batches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mep.data import Dataset
+
+__all__ = ["ARMS", "RulesConfig", "plot", "run", "table"]
+
+BASELINE = "SGD, backprop"
+TARGET = 0.95
+_LOOK = 25  # steps between looks at accuracy and spectra
+_HELD_OUT = 5000  # training samples kept for choosing learning rates
+
+
+@dataclass(frozen=True)
+class RulesConfig:
+    """What is compared.
+
+    Args:
+        depths: numbers of weighted layers, each >= 2.
+        epochs: passes over the training set, >= 1.
+        seeds: complete runs per arm and depth.
+        factors: the grid: every arm's own learning rate times each of these.
+        tuning_steps: updates per point of the grid, >= 1, judged on held-out training samples.
+        width: units per hidden layer, >= 1.
+        batch: samples per update, >= 1.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    depths: tuple[int, ...] = (3, 30)
+    epochs: int = 1
+    seeds: tuple[int, ...] = (0, 1, 2)
+    factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    tuning_steps: int = 200
+    width: int = 128
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "tuning_steps", "width", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
+        if not self.depths or min(self.depths) < 2:
+            raise ValueError(f"`depths` must be one or more numbers >= 2, got {self.depths}.")
+        if not self.seeds or not self.factors or min(self.factors) <= 0:
+            raise ValueError("`seeds` and `factors` must not be empty, factors must be > 0.")
+
+
+Step = Callable[[Tensor, Tensor], Any]
+
+
+class _Torch:
+    """torch optimizers on gradients of ``loss.backward()``, with the depth rule."""
+
+    def __init__(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+        self.model = model
+        self.optimizers = optimizers
+
+    def step(self, x: Tensor, target: Tensor) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        F.cross_entropy(self.model(x), target).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def _groups(model: nn.Module, lr: float, keep: Callable[[Tensor], bool]) -> list[dict[str, Any]]:
+    groups = mep.param_groups(model, lr)
+    kept = ([p for p in group["params"] if keep(p)] for group in groups)
+    return [
+        {"params": params, "lr": group["lr"] * group["lr_scale"]}
+        for group, params in zip(groups, kept, strict=True)
+        if params
+    ]
+
+
+def _sgd(model: nn.Module, lr: float) -> _Torch:
+    groups = _groups(model, lr, lambda p: True)
+    return _Torch(model, torch.optim.SGD(groups, lr=lr, momentum=0.9))
+
+
+def _adam(model: nn.Module, lr: float) -> _Torch:
+    return _Torch(model, torch.optim.Adam(_groups(model, lr, lambda p: True), lr=lr))
+
+
+def _muon(model: nn.Module, lr: float) -> _Torch:
+    matrices = _groups(model, lr, lambda p: p.dim() == 2)
+    vectors = _groups(model, lr, lambda p: p.dim() < 2)
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0)
+    return _Torch(model, muon, torch.optim.SGD(vectors, lr=lr, momentum=0.95, nesterov=True))
+
+
+class _MuonBackprop(_Torch):
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        groups = mep.param_groups(model, lr)
+        super().__init__(model, mep.presets.muon_backprop(groups, lr=lr))
+
+
+def _preset(name: str, model: nn.Module, lr: float) -> mep.EPOptimizer:
+    return getattr(mep.presets, name)(model.parameters(), model=model, lr=lr)
+
+
+ARMS: dict[str, tuple[Callable[[nn.Module, float], Any], float]] = {
+    BASELINE: (_sgd, 0.02),
+    "Adam, backprop": (_adam, 0.001),
+    "torch Muon, backprop": (_muon, 0.02),
+    "muon_backprop": (_MuonBackprop, 0.02),
+    "smep": (partial(_preset, "smep"), 0.02),
+    "smep_fast": (partial(_preset, "smep_fast"), 0.02),
+    "sdmep": (partial(_preset, "sdmep"), 0.02),
+    "local_ep": (partial(_preset, "local_ep"), 0.02),
+    "natural_ep": (partial(_preset, "natural_ep"), 0.05),
+}
+"""Name -> optimizer of a model at a learning rate, and the middle of its grid."""
+
+
+def run(config: RulesConfig, data: Dataset, out: str | Path, command: str) -> Record:
+    """Tune every arm's learning rate, then train all of them in lock-step.
+
+    Every arm starts from a copy of one network per seed and meets the same batches in the same
+    order, at a rate that falls to zero as a cosine. Hidden layers step by ``lr / L`` in all arms.
+    Finished parts are kept in ``out`` and not done again.
+
+    Args:
+        config: what is compared.
+        data: the data set.
+        out: folder for the parts.
+        command: the command line, for the record.
+
+    Returns:
+        The record: rows of the grid and of the runs; the summary has a line per depth and arm.
+    """
+    rows: list[dict[str, Any]] = []
+    for depth in config.depths:
+        settings = {**asdict(config), "depths": [depth], "data": data.name}
+        part = Path(out) / f"part-depth{depth}.pt"
+        known = torch.load(part, weights_only=True) if part.exists() else None
+        if known is None or known["settings"] != _plain(settings):
+            known = {"settings": _plain(settings), "rows": _one_depth(config, data, depth)}
+            atomic_write(part, partial(torch.save, known))
+        rows += known["rows"]
+    return Record(command, asdict(config), rows, {"arms": _summary(config, rows)})
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
+
+
+def _one_depth(config: RulesConfig, data: Dataset, depth: int) -> list[dict[str, Any]]:
+    tuned = list(_tune(config, data, depth))
+    rates = {
+        arm: max((row for row in tuned if row["arm"] == arm), key=lambda row: row["accuracy"])["lr"]
+        for arm in ARMS
+    }
+    steps = config.epochs * (len(data.x_train) // config.batch)
+    rows = tuned
+    for seed in config.seeds:
+        rows += _race(config, data, depth, seed, rates, steps)
+    return rows
+
+
+def _tune(config: RulesConfig, data: Dataset, depth: int) -> Iterator[dict[str, Any]]:
+    """Every point of every grid, for few steps, on a seed that no run uses."""
+    kept = replace(data, x_train=data.x_train[:-_HELD_OUT], y_train=data.y_train[:-_HELD_OUT])
+    held = data.x_train[-_HELD_OUT:], data.y_train[-_HELD_OUT:]
+    seed = max(config.seeds) + 1
+    points = [(arm, factor) for arm in ARMS for factor in config.factors]
+    for arm, factor in track(points, f"tuning, depth {depth}", transient=True):
+        make, middle = ARMS[arm]
+        lr = middle * factor
+        model = _network(config, depth, seed)
+        step = _scheduled(make(model, lr), config.tuning_steps)
+        for x, y in batches(kept, config.batch, seed, config.tuning_steps):
+            step(x, y)
+        found = accuracy(model, *held)
+        yield {"part": "grid", "depth": depth, "arm": arm, "lr": lr, "accuracy": found}
+
+
+def _race(
+    config: RulesConfig,
+    data: Dataset,
+    depth: int,
+    seed: int,
+    rates: Mapping[str, float],
+    steps: int,
+) -> list[dict[str, Any]]:
+    start = _network(config, depth, seed)
+    models = {arm: copy.deepcopy(start) for arm in ARMS}
+    makers = {arm: make(models[arm], rates[arm]) for arm, (make, _) in ARMS.items()}
+    step = {arm: _scheduled(made, steps) for arm, made in makers.items()}
+    course: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    looks: list[int] = []
+    widest = dict.fromkeys(ARMS, 0.0)
+    residuals: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    stream = batches(data, config.batch, seed, steps)
+    name = f"depth {depth}, seed {seed}"
+    for k, (x, y) in enumerate(track(stream, name, total=steps, transient=True)):
+        names = list(ARMS)
+        for arm in names[k % len(names) :] + names[: k % len(names)]:
+            seconds[arm].append(_timed(step[arm], x, y))
+            if isinstance(makers[arm], mep.EPOptimizer) and makers[arm].last is not None:
+                residuals[arm].append(makers[arm].last.median)
+        if (k + 1) % _LOOK == 0 or k + 1 == steps:
+            looks.append(k + 1)
+            for arm, model in models.items():
+                course[arm].append(accuracy(model, data.x_test, data.y_test, 2000))
+                widest[arm] = max(widest[arm], _widest(model))
+    return [
+        {
+            "part": "run", "depth": depth, "seed": seed, "arm": arm, "lr": rates[arm],
+            "accuracy": course[arm][-1], "looks": looks, "course": course[arm],
+            "steps_to_target": _first(looks, course[arm]),
+            "ms": 1e3 * median(seconds[arm]),
+            "ratio": median(a / b for a, b in zip(seconds[arm], seconds[BASELINE], strict=True)),
+            "max_sigma": widest[arm],
+            "residual": mean(residuals[arm]) if residuals[arm] else None,
+            "skipped": getattr(makers[arm], "skipped", 0),
+        }
+        for arm in ARMS
+    ]  # fmt: skip
+
+
+def _network(config: RulesConfig, depth: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return mep.models.deep_mlp(depth, config.width)
+
+
+def _scheduled(made: Any, steps: int) -> Step:
+    """An update whose rate falls to zero as a cosine."""
+    optimizers = made.optimizers if isinstance(made, _Torch) else [made]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, steps) for o in optimizers]
+
+    def step(x: Tensor, y: Tensor) -> None:
+        made.step(x=x, target=y)
+        for schedule in schedules:
+            schedule.step()
+
+    return step
+
+
+def _timed(step: Step, x: Tensor, y: Tensor) -> float:
+    started = time.perf_counter()
+    step(x, y)
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def _widest(model: nn.Module) -> float:
+    """Largest spectral norm of any weight."""
+    shapes: dict[torch.Size, list[Tensor]] = {}
+    for p in model.parameters():
+        if p.dim() == 2:
+            shapes.setdefault(p.shape, []).append(p)
+    norms = [torch.linalg.matrix_norm(torch.stack(batch), 2).max() for batch in shapes.values()]
+    return float(torch.stack(norms).max())
+
+
+def _first(looks: Sequence[int], course: Sequence[float]) -> int | None:
+    return next((n for n, value in zip(looks, course, strict=True) if value >= TARGET), None)
+
+
+def _summary(config: RulesConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for depth in config.depths:
+        for arm in ARMS:
+            own = [r for r in rows if (r["part"], r["depth"], r["arm"]) == ("run", depth, arm)]
+            reached = [row["steps_to_target"] for row in own]
+            found.append(
+                {
+                    "depth": depth, "arm": arm, "lr": own[0]["lr"],
+                    "accuracy": mean(row["accuracy"] for row in own),
+                    "accuracy_spread": stdev([r["accuracy"] for r in own]) if len(own) > 1 else 0.0,
+                    "steps_to_target": None if None in reached else mean(reached),
+                    "ratio": median(row["ratio"] for row in own),
+                    "max_sigma": max(row["max_sigma"] for row in own),
+                    "residual": own[0]["residual"] and mean(row["residual"] for row in own),
+                    "skipped": sum(row["skipped"] for row in own),
+                }
+            )  # fmt: skip
+    return found
+
+
+def table(record: Record) -> Table:
+    """One line per depth and arm."""
+    config = record.config
+    rows = [
+        [
+            entry["arm"], str(entry["depth"]), number(entry["lr"], ".2g"),
+            percent(entry["accuracy"], entry["accuracy_spread"]),
+            number(entry["steps_to_target"], ".0f"), f"{entry['ratio']:.2f}",
+            f"{entry['max_sigma']:.2f}", number(entry["residual"]),
+        ]
+        for entry in record.summary["arms"]
+    ]  # fmt: skip
+    return Table(
+        f"update rules, width {config['width']}, {config['epochs']} epoch(s), "
+        f"{len(config['seeds'])} seeds",
+        ["arm", "depth", "lr", "test accuracy", "steps to 95 %", "x SGD", "max sigma", "residual"],
+        rows,
+        "lr: chosen on held-out training samples from a grid of the same size for every arm. "
+        "x SGD: median time of a step relative to backprop with torch's SGD in the same round.",
+    )
+
+
+@styled()
+def plot(record: Record) -> Figure:
+    """Accuracy against steps, one panel per depth, mean over seeds."""
+    depths = record.config["depths"]
+    figure, axes = canvas(len(depths), table(record).title)
+    lines = ["-", "--", ":"]
+    for ax, depth in zip(axes, depths, strict=True):
+        for k, arm in enumerate(ARMS):
+            runs = (row for row in record.rows if row["part"] == "run")
+            own = [row for row in runs if (row["depth"], row["arm"]) == (depth, arm)]
+            course = [100 * mean(v) for v in zip(*(row["course"] for row in own), strict=True)]
+            ax.plot(own[0]["looks"], course, color=f"C{k % 5}", linestyle=lines[k // 5], label=arm)
+        ax.set(xlabel="steps", ylabel="test accuracy / %", ylim=(80, 100), title=f"depth {depth}")
+    axes[-1].legend(loc="lower right", fontsize=8, ncols=2)
+    return figure

@@ -1,0 +1,87 @@
+"""The estimator that learns on the way: every block's signal goes out during the nudged sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep.blocks import Chain
+from mep.contrast.estimate import Estimate, summary
+from mep.contrast.settings import Settings
+from mep.contrast.strength import strength_of
+from mep.curvature import Signal
+from mep.energies import FreePhase, PredictionError, Squared
+from mep.settling import DIVERGED, Residual, Sweep, settle
+
+__all__ = ["check_blockwise", "contrast_blockwise"]
+
+
+def check_blockwise(how: Settings, chain: Chain) -> None:
+    """Refuses what cannot be updated block by block during one nudged sweep.
+
+    Raises:
+        ValueError: naming the option and what it must be.
+    """
+    if not isinstance(how.settler, Sweep) or how.settler.max_sweeps != 1:
+        raise ValueError(
+            "`blockwise=True` updates during the nudged sweep, of which there is one: use "
+            f"settler=mep.Sweep(1), not {how.settler}"
+        )
+    if len(_nodes(how, 1.0)) != 1:
+        raise ValueError(
+            "`blockwise=True` has one nudged phase: use stencil=mep.one_sided, not "
+            f"{getattr(how.stencil, '__name__', how.stencil)}"
+        )
+    if not isinstance(how.energy, PredictionError) or not isinstance(how.energy.output, Squared):
+        raise ValueError(
+            "`blockwise=True` needs the squared error in every layer: use "
+            f"energy=mep.PredictionError(), not {how.energy}"
+        )
+    seen: set[int] = set()
+    for block in chain:
+        own = {id(p) for p in block.parameters()}
+        if own & seen:
+            raise ValueError(
+                f"`blockwise=True`: block `{block.name}` shares a parameter with an earlier one, "
+                "which would change before this block has used it; give each its own"
+            )
+        seen |= own
+
+
+@torch.no_grad()
+def contrast_blockwise(
+    free: FreePhase, how: Settings, sink: Callable[[list[Signal]], None]
+) -> Estimate:
+    """Sends each block's signals as soon as the nudged sweep has passed it.
+
+    The sink may change the block's parameters at once: the sweep does not come back. A loss or
+    errors that are not finite are refused before the first signal.
+
+    Args:
+        free: the free phase of a batch.
+        how: the strategy, which ``check_blockwise`` has passed.
+        sink: receives all signals of one block at a time, from input to output.
+
+    Returns:
+        The estimate; ``"diverged"`` with infinite residuals if nothing was sent.
+    """
+    ((beta, weight),) = _nodes(how, strength_of(how.beta, free))
+    scale = -weight * beta / len(free.loss)
+    if not free.sound:
+        nothing = torch.full_like(free.loss, torch.inf)
+        return Estimate(free.loss.mean(), Residual(nothing, nothing), 0, DIVERGED, abs(beta))
+
+    def visit(i: int, point: Any, e: Tensor) -> None:
+        sink(list(free.chain.blocks[i].signals(point, e, scale)))
+
+    assert isinstance(how.energy, PredictionError), "checked by check_blockwise"
+    problem = how.energy.nudged(free, beta)
+    problem.visit = visit
+    return summary(free, [settle(problem, how.settler)], [(beta, weight)])
+
+
+def _nodes(how: Settings, beta: float) -> list[tuple[float, float]]:
+    return [(b, w) for b, w in how.stencil(beta) if b != 0]

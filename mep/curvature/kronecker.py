@@ -1,0 +1,44 @@
+"""Kronecker factors of a weight's Fisher information, from its local signals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mep.curvature.signal import Signal
+
+__all__ = ["kronecker_factors"]
+
+
+def kronecker_factors(signals: Sequence[Signal]) -> tuple[Tensor, Tensor]:
+    """Returns ``A`` and ``G`` with ``F ~ A (x) G`` for a weight ``(out, in)``.
+
+    ``A = 1/B sum_n sum_t a_nt a_nt^T`` and ``G = 1/(B T) sum_n sum_t sum_k e_ntk e_ntk^T`` over
+    samples ``n``, positions ``t`` (one for a plain Linear) and the directions ``k`` of the output,
+    one signal each. Exact if activity and error are independent, and for a linear chain.
+
+    Args:
+        signals: of one weight, each with ``rows``; their ``scale`` is undone, so that ``e`` is
+            the error of a sample by itself.
+
+    Returns:
+        ``A`` ``(in, in)`` and ``G`` ``(out, out)``.
+
+    >>> a, e = torch.eye(2), torch.ones(2, 1)
+    >>> weight = torch.nn.Parameter(torch.zeros(1, 2))
+    >>> kronecker_factors([Signal(weight, 0.5, 2, lambda: 0.5 * e.T @ a, lambda: (a, e))])
+    (tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]]), tensor([[1.]]))
+
+    Source: Martens & Grosse 2015, eq. 1; Grosse & Martens 2016, theorem 1 (convolutions).
+    """
+    activity, error = [], []
+    for signal in signals:
+        assert signal.rows is not None
+        a, e = signal.rows()
+        per_sample = signal.scale * signal.samples
+        activity.append(torch.mm(a.t(), a) / signal.samples)
+        error.append(torch.mm(e.t(), e) * (per_sample**2 / len(e)))
+    return torch.stack(activity).mean(0), torch.stack(error).sum(0)

@@ -1,0 +1,78 @@
+"""Feedback weights: matrices that carry errors down in place of the weights' own transposes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep.blocks import Chain
+from mep.updates import Rule
+
+__all__ = ["check_learning", "feedback_weights"]
+
+
+def feedback_weights(
+    chain: Chain, states: dict[int, dict[str, Any]], feedback: str
+) -> dict[int, Tensor]:
+    """Returns the feedback matrix of every block above the first, by the ``id`` of its weight.
+
+    Missing ones are drawn, normal with the weight's own mean square, and kept as ``"feedback"``
+    in the weight's state dictionary.
+
+    Args:
+        chain: the chain.
+        states: state dictionaries by the ``id`` of the parameter.
+        feedback: the option's value, for messages.
+
+    Raises:
+        ValueError: if a block has no weight that could be replaced, or one is not optimized.
+
+    Source: Lillicrap et al. 2016.
+    """
+    found = {}
+    for i, block in enumerate(chain.blocks[1:]):
+        weight = block.feedback_weight
+        if weight is None and any(True for _ in block.parameters()):
+            raise ValueError(
+                f"`feedback={feedback!r}` needs blocks of one Linear or Conv2d each; "
+                f"`{block.name}` ({block.describe()}) is differentiated as a whole"
+            )
+        if weight is None:
+            continue
+        if id(weight) not in states:
+            raise ValueError(
+                f"`feedback={feedback!r}` keeps its matrices beside the weights: pass the "
+                f"parameters of block `{block.name}` to the optimizer, too"
+            )
+        state = states[id(weight)]
+        if "feedback" not in state:
+            state["feedback"] = _draw(weight, i)
+        found[id(weight)] = state["feedback"]
+    return found
+
+
+def check_learning(groups: Sequence[dict[str, Any]], rule: Rule) -> None:
+    """Refuses what keeps Kolen-Pollack feedback from aligning.
+
+    Raises:
+        ValueError: naming the option and the remedy.
+    """
+    if all(group["weight_decay"] == 0 for group in groups):
+        raise ValueError(
+            "`feedback='kolen-pollack'` needs `weight_decay` > 0: without it feedback and weights "
+            "never forget how they differed at first"
+        )
+    if any(part.observes for part in rule.parts()):
+        raise ValueError(
+            f"`feedback='kolen-pollack'` and `update={type(rule).__name__}(...)` do not go "
+            "together: there are no local signals of the feedback weights"
+        )
+
+
+def _draw(weight: Tensor, seed: int) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(weight.shape, generator=random, dtype=torch.float32)
+    return drawn.to(weight) * weight.detach().square().mean().sqrt()
