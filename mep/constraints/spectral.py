@@ -184,10 +184,14 @@ class SpectralNorm(Constraint):
 def _of_matrices(
     weights: Tensor, bounds: Tensor, states: list[dict[str, Any]]
 ) -> tuple[Tensor, Tensor]:
-    """Returns the norms of matrices ``(N, m, n)``, to 0.5 % if above the bound, and vectors."""
-    # so that no square overflows
-    sizes = torch.linalg.vector_norm(weights, math.inf, dim=(1, 2)).maximum(bounds)
-    weights = weights / sizes[:, None, None]
+    """Returns the norms of matrices ``(N, m, n)``, to 0.5 % if above the bound, and vectors.
+
+    Overwrites the matrices.
+    """
+    entries = weights.flatten(1)
+    # so that no square overflows; torch's own maximum norm takes ten times as long
+    sizes = torch.maximum(entries.amax(1), -entries.amin(1)).maximum(bounds)
+    weights.div_(sizes[:, None, None])
     wide = weights.shape[1] <= weights.shape[2]
     gram = weights @ weights.mT if wide else weights.mT @ weights
     kept = min(KEPT, gram.shape[-1])
