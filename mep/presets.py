@@ -231,6 +231,7 @@ def muon_backprop(
     Returns:
         The optimizer; it needs no model.
 
+    >>> import torch
     >>> layer = nn.Linear(3, 2)
     >>> opt = muon_backprop(layer.parameters())
     >>> layer(torch.ones(1, 3)).sum().backward()

@@ -221,7 +221,7 @@ def test_fraction_out_of_range_is_refused(fraction):
 
 
 def test_nesterov_is_refused():
-    with pytest.raises(ValueError, match=r"`nesterov` must be False with Dion.*error feedback"):
+    with pytest.raises(ValueError, match="`nesterov` must be False with Dion"):
         mep.EPOptimizer(network().parameters(), update=mep.Route(Dion()), nesterov=True)
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import CLASSES, linear_problem, problem, tanh_problem
+from problems import linear_problem, problem
 from small_training import backward, batch_of, distance, identical, network, train, weights
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -72,22 +72,19 @@ def test_one_step_on_a_linear_gaussian_problem_is_least_squares(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sizes", [(5, 3), (4, 3, 2)])
+@pytest.mark.parametrize("sizes", [(5, 3), (4, 2, 3)])  # no narrower above: G must have an inverse
 def test_update_is_the_inverse_of_the_exact_fisher_times_the_gradient(sizes, mode):
     """Block by block: of a linear chain's layer the Kronecker product is exact."""
     p = bare_problem(sizes)
-    if len(sizes) > 2:  # a wide enough last layer, or the first one's G has no inverse
-        p = bare_problem((4, 2, 3))
     fishers = exact_fishers(p.model, p.x)
-    expected = {
-        name: w - torch.linalg.solve(fishers[name], g.mean(0).flatten()).view_as(w)
-        for (name, g), w in zip(
-            sample_gradients(p.model, p.x, p.y).items(), weights(p.model), strict=True
-        )
-    }
+    gradients = sample_gradients(p.model, p.x, p.y)
+    expected = [
+        w.detach() - torch.linalg.solve(fishers[k], gradients[k].mean(0).flatten()).view_as(w)
+        for k, w in p.model.named_parameters()
+    ]
     opt = optimizer(p.model, mep.Natural(**PLAIN, fisher="true"), mode, lr=1.0, cost="mse")
     opt.step(x=p.x, target=p.y)
-    assert distance(list(p.model.parameters()), list(expected.values())) < SAME
+    assert distance(list(p.model.parameters()), expected) < SAME
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -96,15 +93,11 @@ def test_factors_of_a_linear_chain_are_the_exact_fisher(mode):
     fishers, hidden = exact_fishers(p.model, p.x), p.x
     opt = optimizer(p.model, mep.Natural(fisher="true"), mode, lr=0.0, cost="mse")
     opt.step(x=p.x, target=p.y)
-    below = torch.eye(2, dtype=torch.float64)
-    errors = [below := below @ layer.weight.detach() for layer in reversed(p.model[1:])][::-1]
-    for k, (name, w) in enumerate(p.model.named_parameters()):
+    for layer, (name, w) in zip(p.model, p.model.named_parameters(), strict=True):
         a, g = (opt.state[w][f"{which}_factor"] for which in ("activity", "error"))
         assert distance([a], [hidden.T @ hidden / len(hidden)]) < SAME
-        truth = errors[k].T @ errors[k] if k < 2 else torch.eye(2).double()
-        assert distance([g], [truth]) < SAME
         assert distance([torch.kron(g, a)], [fishers[name]]) < SAME
-        hidden = p.model[k](hidden).detach()
+        hidden = layer(hidden).detach()
 
 
 CONVS = [{}, {"padding": 1}, {"stride": 2, "padding": 1}, {"dilation": 2}]
@@ -120,10 +113,8 @@ def test_factors_of_a_convolution_are_those_of_grosse_and_martens(options):
     out = conv(x).detach().requires_grad_()
     loss = F.cross_entropy(model[2](out.flatten(1)), labels, reduction="sum")
     (error,) = torch.autograd.grad(loss, out)
-    stride, pad, step = (options.get(k, d) for k, d in [("stride", 1), ("padding", 0)]) , 0, 0
-    stride, pad = stride
-    step = options.get("dilation", 1)
-    padded, a, g = F.pad(x, (pad,) * 4), 0, 0
+    stride, step = options.get("stride", 1), options.get("dilation", 1)
+    padded, a, g = F.pad(x, (options.get("padding", 0),) * 4), 0, 0
     places = out[0, 0].numel()
     for n in range(len(x)):
         for i in range(out.shape[2]):
@@ -218,11 +209,9 @@ def test_frozen_weight_stays_and_the_others_learn():
 # --- the formulas, on made-up signals ------------------------------------------------------------
 
 
-def signal(out=3, inputs=4, seed=0, samples=12, rank=None):
+def signal(out=3, inputs=4, seed=0, samples=12):
     parameter = nn.Parameter(torch.ones(out, inputs, dtype=torch.float64))
     a, e = randn(samples, inputs, seed=seed), randn(samples, out, seed=seed + 50)
-    if rank is not None:
-        a = a[:, :rank] @ randn(rank, inputs, seed=seed + 70)
     return Signal(parameter, 1 / samples, samples, lambda: e.T @ a / samples, lambda: (a, e))
 
 
@@ -238,6 +227,12 @@ def damped(factor, d):
     return factor + math.sqrt(d) * factor.trace() / n * torch.eye(n, dtype=torch.float64)
 
 
+def predicted(step, state):
+    """``<d, G d A>`` of a weight's change, with the rule's own damping."""
+    a, g = damped(state["activity_factor"], 0.3), damped(state["error_factor"], 0.3)
+    return float((step * (g @ step @ a)).sum())
+
+
 def test_factors_are_a_running_average():
     signals = [signal(seed=k) for k in range(3)]
     state = observed(mep.Natural(decay=0.7), *signals)
@@ -245,12 +240,6 @@ def test_factors_are_a_running_average():
     for name, f in {"activity": (a0, a1, a2), "error": (g0, g1, g2)}.items():
         truth = 0.7 * (0.7 * f[0] + 0.3 * f[1]) + 0.3 * f[2]
         assert distance([state[f"{name}_factor"]], [truth]) < SAME
-
-
-def test_decay_zero_takes_the_last_batch_alone():
-    old, last = observed(mep.Natural(decay=0.0), signal(), signal(seed=1)), signal(seed=1)
-    a, g = kronecker_factors([last])
-    assert distance([old["activity_factor"], old["error_factor"]], [a, g]) < SAME
 
 
 @pytest.mark.parametrize("d", [0.0, 0.01, 0.3, 10.0])
@@ -261,26 +250,17 @@ def test_damping_is_relative_to_the_mean_curvature(d):
         assert distance([state[f"{name}_inverse"]], [truth]) < SAME
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("seed", range(5))
-def test_singular_factor_without_damping_takes_the_pseudo_inverse(seed, rank):
+@pytest.mark.parametrize("seed", range(40))
+def test_singular_factor_without_damping_takes_the_pseudo_inverse(seed):
     """Where rounding makes a pivot positive, too: directions never seen stay as they are."""
-    one = signal(inputs=6, seed=seed, rank=rank)
-    state = observed(mep.Natural(damping=0.0), one)
-    truth = torch.linalg.pinv(kronecker_factors([one])[0], rtol=1e-10, hermitian=True)
-    assert distance([state["activity_inverse"] / truth.norm()], [truth / truth.norm()]) < 1e-8
-
-
-def test_unit_that_never_fires_is_left_alone():
-    p = bare_problem((5, 3))
-    p.x[:, 2] = 0.0
-    before = p.model[0].weight.detach().clone()
-    opt = optimizer(p.model, mep.Natural(**PLAIN, fisher="true"), lr=1.0, cost="mse")
-    opt.step(x=p.x, target=p.y)
-    after = p.model[0].weight.detach()
-    truth = torch.linalg.pinv(p.x) @ p.y
-    assert torch.equal(after[:, 2], before[:, 2])
-    assert distance([after[:, [0, 1, 3, 4]]], [truth.T[:, [0, 1, 3, 4]]]) < SAME
+    inputs = 2 + seed % 18
+    samples = 1 + (7 * seed) % (inputs - 1)
+    one = signal(inputs=inputs, seed=seed, samples=samples)
+    inverse = observed(mep.Natural(damping=0.0), one)["activity_inverse"]
+    a = one.rows()[0]
+    # the condition of the matrices above is below 1e6, and rounding 1e-16
+    projected = a @ inverse @ a.T / samples
+    assert distance([projected], [torch.eye(samples, dtype=torch.float64)]) < 1e-8
 
 
 def run(rule, numbers=NUMBERS, steps=3, changing=True):
@@ -326,11 +306,7 @@ def test_predicted_change_is_never_above_the_limit(momentum, changing):
     changes = []
     for steps in (1, 2, 5, 60):
         _, states, _ = run(rule, numbers, steps, changing)
-        total = 0.0
-        for s in states:
-            m, a, g = s["momentum_buffer"], s["activity_factor"], s["error_factor"]
-            total += 9.0 * float((m * (damped(g, 0.3) @ m @ damped(a, 0.3))).sum())
-        changes.append(total)
+        changes.append(sum(predicted(3.0 * s["momentum_buffer"], s) for s in states))
     assert max(changes) <= 1e-3 * (1 + 1e-9)
     if not changing:  # momentum that has gathered reaches it: the limit is no looser than stated
         assert changes[-1] > 0.95e-3
@@ -342,13 +318,37 @@ def test_predicted_change_is_never_above_the_limit(momentum, changing):
 @pytest.mark.parametrize("refresh", [1, 3])
 def test_signals_are_looked_at_every_few_steps(monkeypatch, refresh):
     seen, original = [], mep.Natural.observe
-    monkeypatch.setattr(mep.Natural, "observe", lambda *a: (seen.append(a), original(*a)))
+    monkeypatch.setattr(mep.Natural, "observe", lambda *a: seen.append(a) or original(*a))
     model = network()
     opt, counts = optimizer(model, mep.Route(mep.Natural(refresh=refresh))), []
     for _ in range(7):
         train(opt, 1, batch_of())
         counts.append(len(seen))
     assert counts == [3 * (k // refresh + 1) for k in range(7)]  # three matrices
+
+
+@pytest.mark.parametrize("options", [{}, {"blockwise": True, "settler": mep.Sweep(1)}], ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_limit_holds_for_what_steps_together(grouped, options):
+    """For a parameter group; block by block, for the block (which has one matrix here)."""
+    model = network()
+    groups = mep.param_groups(model, 10.0, depth_scale=False) if grouped else model.parameters()
+    rule = mep.Route(mep.Natural(limit=1e-2))
+    opt = mep.EPOptimizer(groups, model=model, lr=10.0, update=rule, **options)
+    before = {id(p): p.detach().clone() for p in model.parameters()}
+    train(opt, 1, batch_of())
+    changes = [
+        [
+            predicted(p.detach() - before[id(p)], opt.state[p])
+            for p in group["params"]
+            if p.dim() > 1
+        ]
+        for group in opt.param_groups
+    ]
+    if options:
+        assert all(change == pytest.approx(1e-2) for group in changes for change in group)
+    else:
+        assert [sum(group) for group in changes] == pytest.approx([1e-2] * len(changes))
 
 
 OPTIONS = {
@@ -378,19 +378,6 @@ def test_option_alone_changes_the_result(name):
     assert distance(matrices_after(*OPTIONS[name]), matrices_after({}, {})) > 1e-5
 
 
-def test_true_fisher_does_not_read_the_targets():
-    found = {}
-    for fisher in ("true", "empirical"):
-        for shift in (0, 1):
-            p = tanh_problem([5, 6, CLASSES])
-            opt = optimizer(p.model, mep.Route(mep.Natural(fisher=fisher)), lr=0.0)
-            opt.step(x=p.x, target=(p.y + shift) % CLASSES)
-            found[fisher, shift] = opt.state[p.model[0].weight]["error_factor"]
-    assert torch.equal(found["true", 0], found["true", 1])
-    assert distance([found["empirical", 0]], [found["empirical", 1]]) > 1e-3
-    assert distance([found["empirical", 0]], [found["true", 0]]) > 1e-3
-
-
 BAD = {
     "damping": [-1.0, math.nan, math.inf],
     "decay": [-0.1, 1.0, math.nan],
@@ -406,9 +393,22 @@ def test_option_out_of_range_is_refused(name, value):
         mep.Natural(**{name: value})
 
 
-def test_vectors_are_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"`update=Natural\(...\)`.*use mep.Route\(Natural\("):
-        mep.EPOptimizer(network().parameters(), update=mep.Natural())
+def test_nesterov_is_refused():
+    """Nothing is accepted and ignored."""
+    with pytest.raises(ValueError, match="`nesterov` must be False with Natural"):
+        mep.EPOptimizer(
+            network().parameters(), update=mep.Route(mep.Natural()), momentum=0.9, nesterov=True
+        )
+
+
+def test_factors_that_overflow_poison_nothing():
+    """Loss and gradients of the batch are finite in float32, squares of its activity are not."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    opt = optimizer(model, mep.Route(mep.Natural(refresh=1)), lr=1e-3)
+    opt.step(x=torch.full((8, 4), 1e20), target=torch.zeros(8, dtype=torch.long))
+    opt.step(x=torch.ones(8, 4), target=torch.ones(8, dtype=torch.long))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert torch.isfinite(opt.state[model[0].weight]["activity_inverse"]).all()
 
 
 @pytest.mark.parametrize("steps_before", [0, 1])
@@ -416,7 +416,8 @@ def test_grad_carries_no_local_signals_and_is_refused(steps_before):
     """Not only where a look at the signals is due."""
     model = network()
     opt = optimizer(model, mep.Route(mep.Natural()))
-    train(opt, steps_before, batch_of())
+    for _ in range(steps_before):
+        train(opt, 1, batch_of())
     before = weights(model)
     backward(model, batch_of())
     with pytest.raises(ValueError, match=r"needs local signals, which `.grad` does not carry.*x=."):

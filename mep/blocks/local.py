@@ -134,8 +134,9 @@ def _watched(body: nn.Module) -> Iterator[_Seen]:
         if layer is None or not layer.is_product or not layer.weight.requires_grad:
             return None
 
-        def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
             seen.append((layer, inputs[0].detach(), output))
+            return output.clone()  # what follows may write over it
 
         return module.register_forward_hook(note)
 

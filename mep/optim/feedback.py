@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -54,13 +54,14 @@ def feedback_weights(
     return found
 
 
-def check_learning(groups: Sequence[dict[str, Any]], rule: Rule) -> None:
+def check_learning(groups: Sequence[dict[str, Any]], feedback: Container[int], rule: Rule) -> None:
     """Refuses what keeps Kolen-Pollack feedback from aligning.
 
     Raises:
         ValueError: naming the option and the remedy.
     """
-    if all(group["weight_decay"] == 0 for group in groups):
+    undecayed = (group["params"] for group in groups if group["weight_decay"] == 0)
+    if any(id(p) in feedback for params in undecayed for p in params):
         raise ValueError(
             "`feedback='kolen-pollack'` needs `weight_decay` > 0: without it feedback and weights "
             "never forget how they differed at first"

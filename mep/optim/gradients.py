@@ -8,6 +8,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
+from mep.blocks import give
 from mep.curvature import Factors, Signal
 from mep.updates import Gradient
 
@@ -50,6 +51,13 @@ class Gradients:
         """
         sums = (g.sum() if isinstance(g, Tensor) else g.bound() for g in self._found.values())
         return math.isfinite(sum(map(float, sums)))
+
+    def release(self) -> None:
+        """Gives the memory back: nobody reads these gradients any more."""
+        for g in self._found.values():
+            if isinstance(g, Tensor):
+                give(g)
+        self._found.clear()
 
     def clip(self, limit: float) -> None:
         """Scales all by one factor, so that their common norm is at most ``limit``."""

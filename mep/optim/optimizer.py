@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,9 +161,9 @@ class EPOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if mode == "ep" and model is not None:
             chain = chain_of(model, self.how.gradient_method)  # refuse an unreadable model at once
-            self._feedback(model)
-            if self.how.settler.feedback == KOLEN_POLLACK:
-                check_learning(self.param_groups, self.rule)
+            feedback = self._feedback(model)
+            if feedback and self.how.settler.feedback == KOLEN_POLLACK:
+                check_learning(self.param_groups, feedback, self.rule)
             if self.blockwise:
                 check_blockwise(self.how, chain)
         if self.blockwise and clip_norm is not None:
@@ -245,10 +246,20 @@ class EPOptimizer(torch.optim.Optimizer):
             if self.blockwise:
                 return self._step_blockwise(self.model, x, target)
             batch = self._estimate(self.model, x, target)
-            batch.keep_statistics(self._update(batch.gradients, batch.usable, batch.free))
+            taken = False
+            try:
+                taken = self._update(batch.gradients, batch.usable, batch.free)
+            finally:
+                batch.keep_statistics(taken)
         return batch.loss
 
     def _step_on_grad(self, closure: Callable[[], Any] | None) -> Any:
+        if self._updating.observes:
+            name = type(self.rule).__name__
+            raise ValueError(
+                f"`update={name}(...)` needs local signals, which `.grad` does not carry: take "
+                "steps by step(x=..., target=...)"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -276,8 +287,9 @@ class EPOptimizer(torch.optim.Optimizer):
 
     def _step_blockwise(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
         free = free_phase(model, x, target, self.how, self._feedback(model))
-        if self._updating.observes and free.sound:
-            self._observe(free)
+        if self._updating.observes and free.sound and not self._observe(free):
+            self._count(False)
+            return free.loss.mean()
         factored = self._updating.factored(self._parameters(), self._roles)
         homes = {id(p): group for group in self.param_groups for p in group["params"]}
         finite = []
@@ -291,6 +303,7 @@ class EPOptimizer(torch.optim.Optimizer):
                 own = [s.parameter for s in signals if id(s.parameter) in homes]
                 groups = [{**homes[id(p)], "params": [p]} for p in own]
                 self._apply(gradients, groups, free)
+            gradients.release()
 
         how = replace(self.how, beta=self._strength.eased(self.how.beta))
         self.last = contrast_blockwise(free, how, update)
@@ -305,11 +318,11 @@ class EPOptimizer(torch.optim.Optimizer):
     ) -> bool:
         """Applies the rules unless something is not finite; returns whether it did."""
         usable = usable and gradients.finite()
+        if usable and self._updating.observes and free is not None:
+            usable = self._observe(free)
         self._count(usable)
         if not usable:
             return False
-        if self._updating.observes:
-            self._observe(free)
         self._apply(gradients, self.param_groups, free)
         return True
 
@@ -327,17 +340,10 @@ class EPOptimizer(torch.optim.Optimizer):
         states = {id(p): self.state[p] for p in self._parameters()}
         return feedback_weights(chain_of(model, self.how.gradient_method), states, feedback)
 
-    def _observe(self, free: FreePhase | None) -> None:
-        def signals(targets: str) -> dict[int, list[Signal]]:
-            if free is None:
-                name = type(self.rule).__name__
-                raise ValueError(
-                    f"`update={name}(...)` needs local signals, which `.grad` does not carry: "
-                    "take steps by step(x=..., target=...)"
-                )
-            return free_signals(free, targets)
-
-        self._updating.observe(self._parameters(), self._roles, self.state, signals)
+    def _observe(self, free: FreePhase) -> bool:
+        return self._updating.observe(
+            self._parameters(), self._roles, self.state, partial(free_signals, free)
+        )
 
     def _count(self, usable: bool) -> None:
         self.skipped_in_a_row = 0 if usable else self.skipped_in_a_row + 1

@@ -111,7 +111,11 @@ class Updating:
                 )
             if self.constraint is not None:
                 held = [p for p in chosen if self.constraint.holds_for(p, roles[id(p)][1])]
-                self.constraint.apply(held, [state[p] for p in held])
+                twinned = [p for p in held if id(p) in twins]
+                self.constraint.apply(
+                    [*held, *(twins[id(p)] for p in twinned)],
+                    [*(state[p] for p in held), *(state[p]["feedback_state"] for p in twinned)],
+                )
 
     def shares(
         self, parameters: list[Tensor], roles: Roles
@@ -140,8 +144,10 @@ class Updating:
         roles: Roles,
         state: States,
         signals: Callable[[str], Mapping[int, list[Any]]],
-    ) -> None:
+    ) -> bool:
         """Shows the local signals to the rules that ask for them.
+
+        Returns whether all could be used.
 
         Args:
             parameters: of all groups.
@@ -149,7 +155,8 @@ class Updating:
             state: per parameter.
             signals: ``"empirical"`` or ``"true"`` -> the signals of every parameter, by its id.
         """
-        for rule, _, share in self.shares(list(parameters), roles):
+        usable = True
+        for rule, _, share in self.shares([p for p in parameters if p.requires_grad], roles):
             wanted = rule.wants_curvature([state[p] for p in share])
             if wanted is not None:
                 found = signals(wanted)
@@ -159,4 +166,5 @@ class Updating:
                             f"`{type(rule).__name__}` needs the local signal of `{roles[id(p)][0]}`"
                             ", which is no Linear or Conv2d of its own: use another rule for it"
                         )
-                    rule.observe(found[id(p)], state[p])
+                    usable &= rule.observe(found[id(p)], state[p])
+        return usable

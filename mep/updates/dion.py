@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mep.curvature import Factors
-from mep.updates.rule import MatrixRule, check_numbers
+from mep.updates.rule import MatrixRule, refuse_nesterov
 
 __all__ = ["Dion", "DionStep", "dion_step"]
 
@@ -120,9 +120,8 @@ class Dion(MatrixRule):
             )
 
     def check(self, group: dict[str, Any]) -> None:
-        check_numbers(group)
-        if group["nesterov"]:
-            raise ValueError("`nesterov` must be False with Dion: its momentum is error feedback")
+        super().check(group)
+        refuse_nesterov(self, group)  # the momentum is the error feedback
 
     def step(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mep.curvature import Signal, kronecker_factors
-from mep.updates.rule import MatrixRule
+from mep.updates.rule import MatrixRule, refuse_nesterov
 
 __all__ = ["Natural"]
 
@@ -24,8 +24,9 @@ class Natural(MatrixRule):
     ``A`` and ``G`` are running averages of the weight's Kronecker factors, from local signals at
     the free equilibrium. Damping is relative to the mean curvature: ``A + sqrt(d) (tr A / n) I``,
     the same for ``G``. ``nu <= 1`` keeps the step's predicted change of the model's output
-    distribution, ``(lr / (1 - mu))^2 nu^2 sum <g, G^-1 g A^-1>``, below a limit. Decay is
-    decoupled.
+    distribution, ``(lr / (1 - mu))^2 nu^2 sum <g, G^-1 g A^-1>``, below a limit, the sum running
+    over the matrices of one parameter group (of one block, if updates go block by block). Decay
+    is decoupled.
 
     Group numbers: ``lr``, ``lr_scale``, ``momentum``, ``weight_decay``.
 
@@ -35,7 +36,7 @@ class Natural(MatrixRule):
         refresh: steps from one look at the signals (and inversion) to the next, >= 1.
         fisher: ``"empirical"``: errors of the given targets, which EP has at no cost; ``"true"``:
             the exact expectation over the model's own targets, one backward sweep per output.
-        limit: largest predicted change of a step, > 0; None for no limit.
+        limit: largest predicted change of a step in one parameter group, > 0; None for no limit.
 
     Raises:
         ValueError: if an option is out of range.
@@ -74,14 +75,21 @@ class Natural(MatrixRule):
         due = any(state.get("age", 0) % self.refresh == 0 for state in states)
         return self.fisher if due else None
 
-    def observe(self, signals: list[Signal], state: dict[str, Any]) -> None:
-        factors = zip(("activity", "error"), kronecker_factors(signals), strict=True)
-        for name, factor in factors:
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        refuse_nesterov(self, group)
+
+    def observe(self, signals: list[Signal], state: dict[str, Any]) -> bool:
+        found = kronecker_factors(signals)
+        if not all(bool(torch.isfinite(factor).all()) for factor in found):
+            return False
+        for name, factor in zip(("activity", "error"), found, strict=True):
             known = state.get(f"{name}_factor")
             if known is not None:
                 factor = known.lerp_(factor.to(known), 1 - self.decay)
             state[f"{name}_factor"] = factor
             state[f"{name}_inverse"] = _inverse(factor, math.sqrt(self.damping))
+        return True
 
     def step(
         self,
@@ -116,8 +124,8 @@ class Natural(MatrixRule):
 def _inverse(factor: Tensor, damping: float) -> Tensor:
     """Inverse of a positive matrix, damped relative to its mean eigenvalue."""
     wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
-    damped = wide + damping * wide.diagonal().mean() * torch.eye(len(wide)).to(wide)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed:  # a factor without full rank and no damping: directions never seen stay as they are
-        return torch.linalg.pinv(damped, hermitian=True).to(factor)
+    ridge = damping * wide.diagonal().mean()
+    if ridge == 0:  # perhaps without full rank: directions never seen stay as they are
+        return torch.linalg.pinv(wide, hermitian=True).to(factor)
+    lower = torch.linalg.cholesky(wide + ridge * torch.eye(len(wide)).to(wide))
     return torch.cholesky_inverse(lower).to(factor)

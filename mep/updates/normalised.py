@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.updates.rule import Rule, check_numbers
+from mep.updates.rule import Rule, check_numbers, refuse_nesterov
 
 __all__ = ["Normalised"]
 
@@ -45,6 +45,7 @@ class Normalised(Rule):
 
     def check(self, group: dict[str, Any]) -> None:
         check_numbers(group)
+        refuse_nesterov(self, group)
 
     def step(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mep.curvature import Factors, Signal
 
-__all__ = ["Gradient", "MatrixRule", "Role", "Rule", "check_numbers", "dense"]
+__all__ = ["Gradient", "MatrixRule", "Role", "Rule", "check_numbers", "dense", "refuse_nesterov"]
 
 Gradient = Tensor | Factors
 
@@ -79,8 +79,11 @@ class Rule(ABC):
         """
         return None
 
-    def observe(self, signals: list[Signal], state: dict[str, Any]) -> None:
-        """Takes note of one parameter's signals, those that ``wants_curvature`` asked for."""
+    def observe(self, signals: list[Signal], state: dict[str, Any]) -> bool:
+        """Takes note of one parameter's signals, those that ``wants_curvature`` asked for.
+
+        Returns whether they could be used: False if something overflowed; nothing is noted then.
+        """
         raise AssertionError("a rule that asks for signals must observe them")
 
 
@@ -101,6 +104,16 @@ class MatrixRule(Rule):
 def dense(gradient: Gradient) -> Tensor:
     """Returns a gradient as a tensor."""
     return gradient.dense() if isinstance(gradient, Factors) else gradient
+
+
+def refuse_nesterov(rule: Rule, group: dict[str, Any]) -> None:
+    """Refuses Nesterov momentum for a rule that has none.
+
+    Raises:
+        ValueError: naming the rule.
+    """
+    if group["nesterov"]:
+        raise ValueError(f"`nesterov` must be False with {type(rule).__name__}")
 
 
 def check_numbers(group: dict[str, Any]) -> None:
