@@ -84,7 +84,8 @@ def run(config: DepthConfig, data: Dataset, out: str | Path, command: str) -> Re
 def _train(config: DepthConfig, data: Dataset, depth: int, path: Path) -> list[dict[str, Any]]:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = mep.models.deep_mlp(depth, config.width)
+        inputs = data.x_train[0].numel()
+        model = mep.models.deep_mlp(depth, config.width, inputs, data.classes)
     optimizer = getattr(mep.presets, config.preset)(model.parameters(), model=model)
     rows, start = _resume(config, model, optimizer, path)
     probe = data.x_test[:1000]

@@ -32,7 +32,7 @@ __all__ = ["ARMS", "RulesConfig", "plot", "run", "table"]
 BASELINE = "SGD, bp"
 TARGET = 0.95
 _LOOK = 25  # steps between looks at accuracy and spectra
-_HELD_OUT = 5000  # training samples kept for choosing learning rates
+_HELD_OUT = 12  # one training sample in so many is kept for choosing learning rates
 
 
 @dataclass(frozen=True)
@@ -185,14 +185,15 @@ def _one_depth(config: RulesConfig, data: Dataset, depth: int) -> list[dict[str,
 
 def _tune(config: RulesConfig, data: Dataset, depth: int) -> Iterator[dict[str, Any]]:
     """Every point of every grid, for few steps, on a seed that no run uses."""
-    kept = replace(data, x_train=data.x_train[:-_HELD_OUT], y_train=data.y_train[:-_HELD_OUT])
-    held = data.x_train[-_HELD_OUT:], data.y_train[-_HELD_OUT:]
+    count = len(data.x_train) // _HELD_OUT
+    kept = replace(data, x_train=data.x_train[:-count], y_train=data.y_train[:-count])
+    held = data.x_train[-count:], data.y_train[-count:]
     seed = max(config.seeds) + 1
     points = [(arm, factor) for arm in ARMS for factor in config.factors]
     for arm, factor in track(points, f"tuning, depth {depth}", transient=True):
         make, middle = ARMS[arm]
         lr = middle * factor
-        model = _network(config, depth, seed)
+        model = _network(config, data, depth, seed)
         step = _scheduled(make(model, lr), config.tuning_steps)
         for x, y in batches(kept, config.batch, seed, config.tuning_steps):
             step(x, y)
@@ -208,7 +209,7 @@ def _race(
     rates: Mapping[str, float],
     steps: int,
 ) -> list[dict[str, Any]]:
-    start = _network(config, depth, seed)
+    start = _network(config, data, depth, seed)
     models = {arm: copy.deepcopy(start) for arm in ARMS}
     makers = {arm: make(models[arm], rates[arm]) for arm, (make, _) in ARMS.items()}
     step = {arm: _scheduled(made, steps) for arm, made in makers.items()}
@@ -245,10 +246,11 @@ def _race(
     ]  # fmt: skip
 
 
-def _network(config: RulesConfig, depth: int, seed: int) -> nn.Module:
+def _network(config: RulesConfig, data: Dataset, depth: int, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return mep.models.deep_mlp(depth, config.width)
+        inputs = data.x_train[0].numel()
+        return mep.models.deep_mlp(depth, config.width, inputs, data.classes)
 
 
 def _scheduled(made: Any, steps: int) -> Step:

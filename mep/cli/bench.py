@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mep.bench import depth as depth_benchmark
+from mep.bench import muon as muon_benchmark
 from mep.bench import rules as rules_benchmark
 from mep.bench import speed as speed_benchmark
 from mep.cli import choices, options
@@ -105,3 +106,24 @@ def depth(
     with choices.running():
         record = depth_benchmark.run(config, data, out, choices.command_line(context))
     choices.show(depth_benchmark, record, out, "depth.png")
+
+
+@app.command()
+def muon(
+    context: typer.Context,
+    layers: Annotated[int, typer.Option(help="Number of matrices.")] = 100,
+    widths: Annotated[str, typer.Option(help="Their sizes.")] = "64,128,256",
+    rounds: Annotated[int, typer.Option(help="Timed rounds per width.")] = 20,
+    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and gradients.")] = 0,
+    out: options.Out = Path("runs/bench-muon"),
+) -> None:
+    """Time one update of Muon beside torch's, interleaved."""
+    with choices.usage():
+        choices.prepare(out, "cpu")
+        config = muon_benchmark.MuonConfig(
+            layers, choices.integers("--widths", widths), rounds, warmup, seed
+        )
+    with choices.running():
+        record = muon_benchmark.run(config, choices.command_line(context))
+    choices.show(muon_benchmark, record, out, "muon.png")
