@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import mep
 from mep.bench.plot import canvas, styled
 from mep.bench.record import Record
+from mep.bench.regime import measure, pool
 from mep.bench.table import Table, number
 from mep.training import accuracy, atomic_write, batches
 
@@ -31,6 +32,7 @@ __all__ = ["ARMS", "RulesConfig", "plot", "run", "table"]
 
 BASELINE = "SGD, bp"
 TARGET = 0.95
+TEST_BATCH = 512  # samples on which a trained net is diagnosed
 _LOOK = 25  # steps between looks at accuracy and spectra
 _HELD_OUT = 12  # one training sample in so many is kept for choosing learning rates
 
@@ -120,8 +122,16 @@ class _MuonBackprop(_Torch):
         super().__init__(model, mep.presets.muon_backprop(groups, lr=lr))
 
 
-def _preset(name: str, model: nn.Module, lr: float) -> mep.EPOptimizer:
-    return getattr(mep.presets, name)(model.parameters(), model=model, lr=lr)
+def _preset(name: str, model: nn.Module, lr: float, **options: Any) -> mep.EPOptimizer:
+    return getattr(mep.presets, name)(model.parameters(), model=model, lr=lr, **options)
+
+
+def _unbounded(model: nn.Module, lr: float) -> mep.EPOptimizer:
+    """The rule of ``smep`` without its bound."""
+    return mep.EPOptimizer(
+        mep.param_groups(model, lr), model=model, lr=lr, momentum=0.95, nesterov=True,
+        update=mep.Route(mep.Muon()),
+    )  # fmt: skip
 
 
 ARMS: dict[str, tuple[Callable[[nn.Module, float], Any], float]] = {
@@ -131,6 +141,8 @@ ARMS: dict[str, tuple[Callable[[nn.Module, float], Any], float]] = {
     "muon_backprop": (_MuonBackprop, 0.02),
     "smep": (partial(_preset, "smep"), 0.02),
     "smep_fast": (partial(_preset, "smep_fast"), 0.02),
+    "smep_fast, c = 0.5": (partial(_preset, "smep_fast", beta=mep.AutoBeta(0.5)), 0.02),
+    "smep_fast, no bound": (_unbounded, 0.02),
     "sdmep": (partial(_preset, "sdmep"), 0.02),
     "local_ep": (partial(_preset, "local_ep"), 0.02),
     "natural_ep": (partial(_preset, "natural_ep"), 0.05),
@@ -163,7 +175,8 @@ def run(config: RulesConfig, data: Dataset, out: str | Path, command: str) -> Re
             known = {"settings": _plain(settings), "rows": _one_depth(config, data, depth)}
             atomic_write(part, partial(torch.save, known))
         rows += known["rows"]
-    return Record(command, asdict(config), rows, {"arms": _summary(config, rows)})
+    settings = {**asdict(config), "data": data.name}
+    return Record(command, settings, rows, {"arms": _summary(config, rows)})
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,41 +222,63 @@ def _race(
     rates: Mapping[str, float],
     steps: int,
 ) -> list[dict[str, Any]]:
+    """All arms in lock-step on one seed."""
     start = _network(config, data, depth, seed)
-    models = {arm: copy.deepcopy(start) for arm in ARMS}
-    makers = {arm: make(models[arm], rates[arm]) for arm, (make, _) in ARMS.items()}
-    step = {arm: _scheduled(made, steps) for arm, made in makers.items()}
-    course: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    looks: list[int] = []
-    widest = dict.fromkeys(ARMS, 0.0)
-    residuals: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    lanes = {arm: _Lane(arm, copy.deepcopy(start), rates[arm], steps) for arm in ARMS}
     stream = batches(data, config.batch, seed, steps)
-    name = f"depth {depth}, seed {seed}"
+    name, looks = f"depth {depth}, seed {seed}", []
     for k, (x, y) in enumerate(track(stream, name, total=steps, transient=True)):
         names = list(ARMS)
         for arm in names[k % len(names) :] + names[: k % len(names)]:
-            seconds[arm].append(_timed(step[arm], x, y))
-            if isinstance(makers[arm], mep.EPOptimizer) and makers[arm].last is not None:
-                residuals[arm].append(makers[arm].last.median)
+            lanes[arm].advance(x, y)
         if (k + 1) % _LOOK == 0 or k + 1 == steps:
             looks.append(k + 1)
-            for arm, model in models.items():
-                course[arm].append(accuracy(model, data.x_test, data.y_test, 2000))
-                widest[arm] = max(widest[arm], _widest(model))
-    return [
-        {
-            "part": "run", "depth": depth, "seed": seed, "arm": arm, "lr": rates[arm],
-            "accuracy": course[arm][-1], "looks": looks, "course": course[arm],
-            "steps_to_target": _first(looks, course[arm]),
-            "ms": 1e3 * median(seconds[arm]),
-            "ratio": median(a / b for a, b in zip(seconds[arm], seconds[BASELINE], strict=True)),
-            "max_sigma": widest[arm],
-            "residual": mean(residuals[arm]) if residuals[arm] else None,
-            "skipped": getattr(makers[arm], "skipped", 0),
-        }
-        for arm in ARMS
-    ]  # fmt: skip
+            for lane in lanes.values():
+                lane.look(data)
+    base = lanes[BASELINE].seconds
+    shared = {"part": "run", "depth": depth, "seed": seed, "looks": looks}
+    return [{**shared, **lane.row(looks, base, data)} for lane in lanes.values()]
+
+
+class _Lane:
+    """One arm under way."""
+
+    def __init__(self, arm: str, model: nn.Module, lr: float, steps: int) -> None:
+        self.arm, self.model, self.lr = arm, model, lr
+        made = ARMS[arm][0](model, lr)
+        self.ep = made if isinstance(made, mep.EPOptimizer) else None
+        self.step = _scheduled(made, steps)
+        self.seconds: list[float] = []
+        self.course: list[float] = []
+        self.statuses: list[str] = []
+        self.widest = 0.0
+
+    def advance(self, x: Tensor, y: Tensor) -> None:
+        started = time.perf_counter()
+        self.step(x, y)
+        self.seconds.append(time.perf_counter() - started)
+        if self.ep is not None and self.ep.last is not None:
+            self.statuses.append(self.ep.last.status)
+
+    def look(self, data: Dataset) -> None:
+        self.course.append(accuracy(self.model, data.x_test, data.y_test, 2000))
+        self.widest = max(self.widest, _widest(self.model))
+
+    def row(self, looks: Sequence[int], base: Sequence[float], data: Dataset) -> dict[str, Any]:
+        row = {
+            "arm": self.arm, "lr": self.lr, "accuracy": self.course[-1], "course": self.course,
+            "steps_to_target": _first(looks, self.course), "ms": 1e3 * median(self.seconds),
+            "ratio": median(a / b for a, b in zip(self.seconds, base, strict=True)),
+            "max_sigma": self.widest,
+        }  # fmt: skip
+        if self.ep is None:
+            return row
+        how, x, y = self.ep.how, data.x_test[:TEST_BATCH], data.y_test[:TEST_BATCH]
+        found = mep.diagnose(
+            self.model, x, y, beta=how.beta, settler=how.settler, stencil=how.stencil
+        )
+        settled = self.statuses.count("converged") / len(self.statuses)
+        return {**row, **measure(found), "settled": settled, "skipped": self.ep.skipped}
 
 
 def _network(config: RulesConfig, data: Dataset, depth: int, seed: int) -> nn.Module:
@@ -264,12 +299,6 @@ def _scheduled(made: Any, steps: int) -> Step:
             schedule.step()
 
     return step
-
-
-def _timed(step: Step, x: Tensor, y: Tensor) -> float:
-    started = time.perf_counter()
-    step(x, y)
-    return time.perf_counter() - started
 
 
 @torch.no_grad()
@@ -301,11 +330,17 @@ def _summary(config: RulesConfig, rows: Sequence[Mapping[str, Any]]) -> list[dic
                     "steps_to_target": None if None in reached else mean(reached),
                     "ratio": median(row["ratio"] for row in own),
                     "max_sigma": max(row["max_sigma"] for row in own),
-                    "residual": own[0]["residual"] and mean(row["residual"] for row in own),
-                    "skipped": sum(row["skipped"] for row in own),
+                    **_of_ep(own),
                 }
             )  # fmt: skip
     return found
+
+
+def _of_ep(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if "regime" not in own[0]:
+        return {}
+    settled, skipped = mean(row["settled"] for row in own), sum(row["skipped"] for row in own)
+    return {**pool(own), "settled": settled, "skipped": skipped}
 
 
 def table(record: Record) -> Table:
@@ -316,18 +351,36 @@ def table(record: Record) -> Table:
             entry["arm"], str(entry["depth"]), number(entry["lr"], ".2g"),
             f"{100 * entry['accuracy']:.2f}±{100 * entry['accuracy_spread']:.2f}",
             number(entry["steps_to_target"], ".0f"), f"{entry['ratio']:.2f}",
-            f"{entry['max_sigma']:.2f}", number(entry["residual"]),
+            f"{entry['max_sigma']:.2f}", entry.get("regime", "-"), number(entry.get("residual")),
+            number(entry.get("residual_aggregate")), number(entry.get("cosine"), ".4f"),
+            number(entry.get("settled"), ".2f"),
         ]
         for entry in record.summary["arms"]
     ]  # fmt: skip
     return Table(
-        f"update rules, width {config['width']}, {config['epochs']} epoch(s), "
+        f"update rules, {config['data']}, width {config['width']}, {config['epochs']} epoch(s), "
         f"{len(config['seeds'])} seeds",
-        ["arm", "depth", "lr", "accuracy / %", "to 95 %", "x SGD", "sigma", "residual"],
+        [
+            "arm",
+            "depth",
+            "lr",
+            "accuracy / %",
+            "to 95 %",
+            "x SGD",
+            "sigma",
+            "regime",
+            "residual",
+            "aggregate",
+            "cosine",
+            "settled",
+        ],
         rows,
-        "bp: gradients by backprop, as for muon_backprop; the others by EP. "
+        "bp: gradients by backprop, as for muon_backprop; the others by EP, c = 0.05 unless said. "
         "lr: chosen on held-out training samples from a grid of the same size for every arm. "
         "to 95 %: steps, - if a seed did not get there. sigma: largest spectral norm seen. "
+        "regime, residual (median and aggregate) and cosine to backprop: of the trained nets on "
+        f"{TEST_BATCH} test samples; settled: share of the updates whose median residual met the "
+        "tolerance. "
         "x SGD: median time of a step relative to backprop with torch's SGD in the same round.",
     )
 
@@ -343,7 +396,9 @@ def plot(record: Record) -> Figure:
             runs = (row for row in record.rows if row["part"] == "run")
             own = [row for row in runs if (row["depth"], row["arm"]) == (depth, arm)]
             course = [100 * mean(v) for v in zip(*(row["course"] for row in own), strict=True)]
-            ax.plot(own[0]["looks"], course, color=f"C{k % 5}", linestyle=lines[k // 5], label=arm)
+            ax.plot(
+                own[0]["looks"], course, color=f"C{k % 5}", linestyle=lines[k // 5 % 3], label=arm
+            )
         ax.set(xlabel="steps", ylabel="test accuracy / %", ylim=(80, 100), title=f"depth {depth}")
     axes[-1].legend(loc="lower right", fontsize=8, ncols=2)
     return figure

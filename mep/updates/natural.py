@@ -83,12 +83,17 @@ class Natural(MatrixRule):
         found = kronecker_factors(signals)
         if not all(bool(torch.isfinite(factor).all()) for factor in found):
             return False
+        state["curvature"] = 1.0
         for name, factor in zip(("activity", "error"), found, strict=True):
             known = state.get(f"{name}_factor")
             if known is not None:
                 factor = known.lerp_(factor.to(known), 1 - self.decay)
             state[f"{name}_factor"] = factor
-            state[f"{name}_inverse"] = _inverse(factor, math.sqrt(self.damping))
+            size = float(factor.diagonal().mean())
+            # Its own size is kept apart: a fitted net's is so small that its inverse overflows.
+            state["curvature"] *= size
+            whole = factor / size if size > 0 else factor
+            state[f"{name}_inverse"] = _inverse(whole, math.sqrt(self.damping))
         return True
 
     def step(
@@ -105,27 +110,44 @@ class Natural(MatrixRule):
             ).view_as(g)
             for g, state in zip(gradients, states, strict=True)
         ]
-        trust = self._trust(lr / (1 - group["momentum"]), gradients, steps)
-        for parameter, change, state in zip(parameters, steps, states, strict=True):
+        sizes = self._sizes(lr / (1 - group["momentum"]), gradients, steps, states)
+        for parameter, change, size, state in zip(parameters, steps, sizes, states, strict=True):
             state["age"] = state.get("age", 0) + 1
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             momentum = state["momentum_buffer"].mul_(group["momentum"])
-            momentum.add_(change, alpha=trust)
+            if size > 0:
+                momentum.add_(change, alpha=size)
             parameter.mul_(1 - lr * group["weight_decay"]).add_(momentum, alpha=-lr)
 
-    def _trust(self, lr: float, gradients: list[Tensor], steps: list[Tensor]) -> float:
-        if self.limit is None:
-            return 1.0
-        change = lr**2 * sum(float((g * s).sum()) for g, s in zip(gradients, steps, strict=True))
-        return min(1.0, math.sqrt(self.limit / change)) if change > 0 else 1.0
+    def _sizes(
+        self,
+        lr: float,
+        gradients: list[Tensor],
+        steps: list[Tensor],
+        states: list[dict[str, Any]],
+    ) -> list[float]:
+        """Factors on the steps: the inverse of the curvature's own size, times ``nu``.
+
+        In Python's floats, since only their product with ``nu`` is of ordinary size; 0 where there
+        is no curvature at all, or no finite step.
+        """
+        sizes = [1 / c if (c := state["curvature"]) > 0 else 0.0 for state in states]
+        slopes = [float((g * s).sum()) for g, s in zip(gradients, steps, strict=True)]
+        change = lr**2 * sum(s * slope for s, slope in zip(sizes, slopes, strict=True))
+        if self.limit is not None and change > self.limit:
+            sizes = [size * math.sqrt(self.limit / change) for size in sizes]
+        most = (float(step.abs().max()) for step in steps)
+        return [
+            size if size * m <= torch.finfo(step.dtype).max else 0.0
+            for size, m, step in zip(sizes, most, steps, strict=True)
+        ]
 
 
 def _inverse(factor: Tensor, damping: float) -> Tensor:
-    """Inverse of a positive matrix, damped relative to its mean eigenvalue."""
+    """Inverse of a positive matrix of mean diagonal 1, damped."""
     wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
-    ridge = damping * wide.diagonal().mean()
-    if ridge == 0:  # perhaps without full rank: directions never seen stay as they are
+    lower, failed = torch.linalg.cholesky_ex(wide + damping * torch.eye(len(wide)).to(wide))
+    if failed or damping == 0:  # perhaps without full rank: directions never seen stay as they are
         return torch.linalg.pinv(wide, hermitian=True).to(factor)
-    lower = torch.linalg.cholesky(wide + ridge * torch.eye(len(wide)).to(wide))
     return torch.cholesky_inverse(lower).to(factor)
