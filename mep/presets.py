@@ -245,11 +245,12 @@ def muon_backprop(
 
 def _with_depth_rule(params: Iterable[Any], model: nn.Module, lr: float) -> list[Any]:
     """Gives bare parameters the depth rule; groups are the caller's own."""
-    given = list(params)
+    given = [p[1] if isinstance(p, tuple) else p for p in params]  # named parameters, too
     if not all(isinstance(p, nn.Parameter) for p in given):
         return given
-    kept = {id(p) for p in given}
-    groups = param_groups(model, lr)
+    kept, groups = {id(p) for p in given}, param_groups(model, lr)
+    own = {id(p) for group in groups for p in group["params"]}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) in kept]
-    return [group for group in groups if group["params"]]
+    foreign = {"params": [p for p in given if id(p) not in own]}  # for the optimizer to refuse
+    return [group for group in (*groups, foreign) if group["params"]]

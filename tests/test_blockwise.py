@@ -298,7 +298,7 @@ def test_normalised_step_is_its_formula():
         mep.Normalised().step(parameters, [g.clone() for g in each], states, numbers)
         momenta = [0.9 * m + 0.1 * g for m, g in zip(momenta, each, strict=True)]
         theta = [
-            (1 - 0.05 * 0.2) * t - 0.05 * m / (m.norm() + 1e-12)
+            (1 - 0.05 * 0.2) * t - 0.05 * m / max(m.norm(), 1e-12)
             for t, m in zip(theta, momenta, strict=True)
         ]
     assert distance(parameters, theta) < SAME

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import mep
+from mep.bench.competitors import ARMS, BASELINE, scheduled
 from mep.bench.plot import canvas, styled
 from mep.bench.record import Record
 from mep.bench.regime import measure, pool
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ARMS", "RulesConfig", "plot", "run", "table"]
 
-BASELINE = "SGD, bp"
 TARGET = 0.95
 TEST_BATCH = 512  # samples on which a trained net is diagnosed
 _LOOK = 25  # steps between looks at accuracy and spectra
@@ -70,84 +69,6 @@ class RulesConfig:
             raise ValueError(f"`depths` must be one or more numbers >= 2, got {self.depths}.")
         if not self.seeds or not self.factors or min(self.factors) <= 0:
             raise ValueError("`seeds` and `factors` must not be empty, factors must be > 0.")
-
-
-Step = Callable[[Tensor, Tensor], Any]
-
-
-class _Torch:
-    """torch optimizers on gradients of ``loss.backward()``, with the depth rule."""
-
-    def __init__(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
-        self.model = model
-        self.optimizers = optimizers
-
-    def step(self, x: Tensor, target: Tensor) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        F.cross_entropy(self.model(x), target).backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
-def _groups(model: nn.Module, lr: float, keep: Callable[[Tensor], bool]) -> list[dict[str, Any]]:
-    groups = mep.param_groups(model, lr)
-    kept = ([p for p in group["params"] if keep(p)] for group in groups)
-    return [
-        {"params": params, "lr": group["lr"] * group["lr_scale"]}
-        for group, params in zip(groups, kept, strict=True)
-        if params
-    ]
-
-
-def _sgd(model: nn.Module, lr: float) -> _Torch:
-    groups = _groups(model, lr, lambda p: True)
-    return _Torch(model, torch.optim.SGD(groups, lr=lr, momentum=0.9))
-
-
-def _adam(model: nn.Module, lr: float) -> _Torch:
-    return _Torch(model, torch.optim.Adam(_groups(model, lr, lambda p: True), lr=lr))
-
-
-def _muon(model: nn.Module, lr: float) -> _Torch:
-    matrices = _groups(model, lr, lambda p: p.dim() == 2)
-    vectors = _groups(model, lr, lambda p: p.dim() < 2)
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0)
-    return _Torch(model, muon, torch.optim.SGD(vectors, lr=lr, momentum=0.95, nesterov=True))
-
-
-class _MuonBackprop(_Torch):
-    def __init__(self, model: nn.Module, lr: float) -> None:
-        groups = mep.param_groups(model, lr)
-        super().__init__(model, mep.presets.muon_backprop(groups, lr=lr))
-
-
-def _preset(name: str, model: nn.Module, lr: float, **options: Any) -> mep.EPOptimizer:
-    return getattr(mep.presets, name)(model.parameters(), model=model, lr=lr, **options)
-
-
-def _unbounded(model: nn.Module, lr: float) -> mep.EPOptimizer:
-    """The rule of ``smep`` without its bound."""
-    return mep.EPOptimizer(
-        mep.param_groups(model, lr), model=model, lr=lr, momentum=0.95, nesterov=True,
-        update=mep.Route(mep.Muon()),
-    )  # fmt: skip
-
-
-ARMS: dict[str, tuple[Callable[[nn.Module, float], Any], float]] = {
-    BASELINE: (_sgd, 0.02),
-    "Adam, bp": (_adam, 0.001),
-    "torch Muon, bp": (_muon, 0.02),
-    "muon_backprop": (_MuonBackprop, 0.02),
-    "smep": (partial(_preset, "smep"), 0.02),
-    "smep_fast": (partial(_preset, "smep_fast"), 0.02),
-    "smep_fast, c = 0.5": (partial(_preset, "smep_fast", beta=mep.AutoBeta(0.5)), 0.02),
-    "smep_fast, no bound": (_unbounded, 0.02),
-    "sdmep": (partial(_preset, "sdmep"), 0.02),
-    "local_ep": (partial(_preset, "local_ep"), 0.02),
-    "natural_ep": (partial(_preset, "natural_ep"), 0.05),
-}
-"""Name -> optimizer of a model at a learning rate, and the middle of its grid."""
 
 
 def run(config: RulesConfig, data: Dataset, out: str | Path, command: str) -> Record:
@@ -207,7 +128,7 @@ def _tune(config: RulesConfig, data: Dataset, depth: int) -> Iterator[dict[str, 
         make, middle = ARMS[arm]
         lr = middle * factor
         model = _network(config, data, depth, seed)
-        step = _scheduled(make(model, lr), config.tuning_steps)
+        step = scheduled(make(model, lr), config.tuning_steps)
         for x, y in batches(kept, config.batch, seed, config.tuning_steps):
             step(x, y)
         found = accuracy(model, *held)
@@ -247,7 +168,7 @@ class _Lane:
         self.arm, self.model, self.lr = arm, model, lr
         made = ARMS[arm][0](model, lr)
         self.ep = made if isinstance(made, mep.EPOptimizer) else None
-        self.step = _scheduled(made, steps)
+        self.step = scheduled(made, steps)
         self.seconds: list[float] = []
         self.course: list[float] = []
         self.statuses: list[str] = []
@@ -286,19 +207,6 @@ def _network(config: RulesConfig, data: Dataset, depth: int, seed: int) -> nn.Mo
         torch.manual_seed(seed)
         inputs = data.x_train[0].numel()
         return mep.models.deep_mlp(depth, config.width, inputs, data.classes)
-
-
-def _scheduled(made: Any, steps: int) -> Step:
-    """An update whose rate falls to zero as a cosine."""
-    optimizers = made.optimizers if isinstance(made, _Torch) else [made]
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, steps) for o in optimizers]
-
-    def step(x: Tensor, y: Tensor) -> None:
-        made.step(x=x, target=y)
-        for schedule in schedules:
-            schedule.step()
-
-    return step
 
 
 @torch.no_grad()

@@ -134,11 +134,11 @@ def _watched(body: nn.Module) -> Iterator[_Seen]:
         if layer is None or not layer.is_product or not layer.weight.requires_grad:
             return None
 
-        def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
-            seen.append((layer, inputs[0].detach(), output))
+        def note(_: nn.Module, given: tuple, named: dict[str, Any], output: Any) -> Any:
+            seen.append((layer, (given[0] if given else named["input"]).detach(), output))
             return output.clone()  # what follows may write over it
 
-        return module.register_forward_hook(note)
+        return module.register_forward_hook(note, with_kwargs=True)
 
     handles = [watch(module) for module in body.modules()]
     try:

@@ -36,7 +36,8 @@ class SpectralNorm(Constraint):
     the last step. For matrices a Cholesky factor of ``(1.005 sigma)^2 I - W W^T`` then proves that
     nothing was missed, and the exact value is taken where it does not exist: neither a small gap
     nor a jump in an unknown direction breaks the bound. Matrices of one shape are one batch;
-    kernels count as ``(out, in * height * width)``. Embeddings and vectors are left alone.
+    kernels count as ``(out, in * height * width)``. Embeddings and vectors are left alone, and so
+    are weights that have not just been updated.
 
     A bare kernel knows no stride, padding or groups: its operator is the convolution of stride 1
     with ``kernel // 2`` zeros around, ungrouped. No such proof exists for it; 64 Lanczos products

@@ -43,8 +43,8 @@ class Estimate(Measured):
         balance: residuals, the worst over the nudged phases; read ``residual`` (per sample,
             ``(B,)``), ``median``, ``q95`` and ``aggregate``.
         sweeps: steps or sweeps taken, the most over the nudged phases.
-        status: ``"converged"``, ``"not settled"``, ``"diverged"`` (then no gradient was written)
-            or ``"limit"`` (backprop by another name).
+        status: ``"converged"``, ``"not settled"``, ``"diverged"`` (then no gradient was written,
+            unless updates go block by block) or ``"limit"`` (backprop by another name).
         beta: the largest nudging strength of the stencil.
     """
 

@@ -26,13 +26,13 @@ class _Seen:
 
     def __init__(self, module: nn.Module) -> None:
         self.state = vars(module)
-        plain = [name for name, v in self.state.items() if type(v) in (bool, int, float, str)]
+        plain = [name for name, v in self.state.items() if _is_plain(v)]
         self.read = itemgetter("training", *plain)
         self.numbers, self.parts = self.read(self.state), self._parts()
 
     def _parts(self) -> tuple:
         state = self.state
-        hooks = len(state["_forward_hooks"]), len(state["_forward_pre_hooks"])
+        hooks = len(state), len(state["_forward_hooks"]), len(state["_forward_pre_hooks"])
         return hooks, [*state["_modules"].values()]
 
     def unchanged(self) -> bool:
@@ -43,16 +43,24 @@ class _Seen:
             return False
 
 
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def chain_of(model: nn.Module, gradient_method: str = "analytic") -> Chain:
     """Returns the model's chain, traced once and again whenever a module has been changed."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-    known = _chains.setdefault(model, {})
+    known = _chains.setdefault(model, {})  # by the model itself, which it does not keep alive
     seen, chain = known.get(gradient_method, (None, None))
     # One look per module at every step: no walk through the tree, no new lists of names.
     if chain is None or seen is None or not all(module.unchanged() for module in seen):
         chain = trace(model, gradient_method=gradient_method)
-        known[gradient_method] = [_Seen(module) for module in model.modules()], chain
+        # A model that is itself a block's module would be kept alive by its own entry.
+        if not any(module is model for block in chain for module in block.modules):
+            known[gradient_method] = [_Seen(module) for module in model.modules()], chain
     return chain
 
 

@@ -37,7 +37,7 @@ def kronecker_factors(signals: Sequence[Signal]) -> tuple[Tensor, Tensor]:
     activity, error = [], []
     for signal in signals:
         assert signal.rows is not None
-        a, e = signal.rows()
+        a, e = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in signal.rows())
         per_sample = signal.scale * signal.samples
         activity.append(torch.mm(a.t(), a) / signal.samples)
         error.append(torch.mm(e.t(), e) * (per_sample**2 / len(e)))

@@ -19,8 +19,9 @@ def feedback_weights(
 ) -> dict[int, Tensor]:
     """Returns the feedback matrix of every block above the first, by the ``id`` of its weight.
 
-    Missing ones are drawn, normal with the weight's own mean square, and kept as ``"feedback"``
-    in the weight's state dictionary.
+    Missing ones are drawn, normal with the weight's own mean square (or one over the number of
+    its inputs where that is 0), by a generator that ``torch.manual_seed`` sets, and kept as
+    ``"feedback"`` in the weight's state dictionary.
 
     Args:
         chain: the chain.
@@ -74,6 +75,8 @@ def check_learning(groups: Sequence[dict[str, Any]], feedback: Container[int], r
 
 
 def _draw(weight: Tensor, seed: int) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed((torch.initial_seed() + seed) % 2**63)
     drawn = torch.randn(weight.shape, generator=random, dtype=torch.float32)
-    return drawn.to(weight) * weight.detach().square().mean().sqrt()
+    size = float(weight.detach().square().mean().sqrt())
+    # A weight that starts at 0 would send nothing down.
+    return drawn.to(weight) * (size if size > 0 else weight[0].numel() ** -0.5)

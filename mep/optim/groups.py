@@ -12,6 +12,8 @@ from mep.updates import Role
 
 __all__ = ["param_groups", "roles"]
 
+_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 
 def roles(model: nn.Module | None, parameters: Iterable[Tensor]) -> dict[int, tuple[str, Role]]:
     """Returns name and role of every parameter, by its ``id``.
@@ -21,14 +23,17 @@ def roles(model: nn.Module | None, parameters: Iterable[Tensor]) -> dict[int, tu
     """
     if model is None:
         named = [(f"parameter {k}", p) for k, p in enumerate(parameters)]
-        tables: set[int] = set()
+        tables, scales = set[int](), set[int]()
     else:
         named = list(model.named_parameters())
         kinds = (nn.Embedding, nn.EmbeddingBag)
         tables = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
+        norms = [m for m in model.modules() if isinstance(m, _NORMALISATIONS)]
+        scales = {id(p) for m in norms for p in m.parameters(recurse=False)}
     found: dict[int, tuple[str, Role]] = {}
     for name, p in named:
-        role: Role = "vector" if p.dim() < 2 else "embedding" if id(p) in tables else "hidden"
+        plain = p.dim() < 2 or id(p) in scales
+        role: Role = "vector" if plain else "embedding" if id(p) in tables else "hidden"
         found[id(p)] = name, role
     matrices = [key for key, (_, role) in found.items() if role == "hidden"]
     ends: dict[int, Role] = {}
@@ -61,13 +66,13 @@ def param_groups(model: nn.Module, lr: float, *, depth_scale: bool = True) -> li
 
     Source: the 1/L step of deep residual scaling, Zhang et al. 2019 (Fixup), sec. 3.
     """
-    chain = chain_of(model)
-    ends = {id(p) for b in (chain.blocks[0], chain.blocks[-1]) for p in b.parameters()}
+    blocks = [block for block in chain_of(model) if any(True for _ in block.parameters())]
+    ends = {id(p) for block in (blocks[0], blocks[-1]) for p in block.parameters()}
     every = list(model.parameters())
     outer = [p for p in every if id(p) in ends]
     hidden = [p for p in every if id(p) not in ends]
     groups = [{"params": outer, "lr": lr, "lr_scale": 1.0}]
     if hidden:
-        scale = 1.0 / len(chain) if depth_scale else 1.0
+        scale = 1.0 / len(blocks) if depth_scale else 1.0
         groups.append({"params": hidden, "lr": lr, "lr_scale": scale})
     return groups

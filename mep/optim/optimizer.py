@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,20 +21,19 @@ from mep.contrast import (
     Stencil,
     chain_of,
     check_blockwise,
-    contrast_blockwise,
     free_phase,
     free_signals,
     settings,
 )
-from mep.curvature import Signal
 from mep.energies import Cost, Energy, FreePhase, cost_of
+from mep.optim.blockwise import by_block
 from mep.optim.feedback import check_learning, feedback_weights
 from mep.optim.gradients import Gradients
 from mep.optim.groups import roles
 from mep.optim.sources import Batch, by_backprop, by_contrast
 from mep.optim.updating import Updating
 from mep.optim.wording import with_settler
-from mep.settling import KOLEN_POLLACK, TRANSPOSE, Solver
+from mep.settling import CONVERGED, KOLEN_POLLACK, TRANSPOSE, Limit, Solver, Sweep
 from mep.updates import Rule
 
 __all__ = ["EPOptimizer"]
@@ -82,6 +82,7 @@ class EPOptimizer(torch.optim.Optimizer):
         last: the ``Estimate`` of the last EP step, None before the first.
         skipped: updates skipped so far because settling diverged or loss or gradients were not
             finite.
+        unsettled: blockwise updates so far whose residual turned out to be above tolerance.
 
     Raises:
         TypeError, ValueError: if an option or a parameter does not fit.
@@ -146,8 +147,7 @@ class EPOptimizer(torch.optim.Optimizer):
         self._strength = Easing()
         self._updating = Updating(update, constraint, clip_norm)
         self.max_skipped = max_skipped
-        self.skipped = 0
-        self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = self.unsettled = 0
         self.last: Estimate | None = None
         self._buffers = Buffers()
         self.how: Settings = settings(cost=cost_of(cost), **with_settler(chosen))
@@ -159,7 +159,12 @@ class EPOptimizer(torch.optim.Optimizer):
             "nesterov": nesterov,
         }
         super().__init__(params, defaults)
-        if mode == "ep" and model is not None:
+        if self._updating.observes and model is None:
+            raise ValueError(
+                f"`update={type(self.rule).__name__}(...)` needs local signals, and so a model: "
+                "EPOptimizer(..., model=model)"
+            )
+        if model is not None and (mode == "ep" or self._updating.observes):
             chain = chain_of(model, self.how.gradient_method)  # refuse an unreadable model at once
             feedback = self._feedback(model)
             if feedback and self.how.settler.feedback == KOLEN_POLLACK:
@@ -242,7 +247,9 @@ class EPOptimizer(torch.optim.Optimizer):
             )
         if self.model is None:
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
-        with torch.no_grad(), self._buffers.lend():
+        # Other solvers take many steps and keep the last: what they leave is better freed.
+        few = isinstance(self.how.settler, (Sweep, Limit))
+        with torch.no_grad(), self._buffers.lend() if few else nullcontext():
             if self.blockwise:
                 return self._step_blockwise(self.model, x, target)
             batch = self._estimate(self.model, x, target)
@@ -290,27 +297,20 @@ class EPOptimizer(torch.optim.Optimizer):
         if self._updating.observes and free.sound and not self._observe(free):
             self._count(False)
             return free.loss.mean()
+        homes = {id(p): k for k, g in enumerate(self.param_groups) for p in g["params"]}
+
+        def update(gradients: Gradients, parameters: list[Tensor]) -> None:
+            shares: dict[int, list[Tensor]] = defaultdict(list)
+            for p in parameters:
+                if id(p) in homes:
+                    shares[homes[id(p)]].append(p)
+            groups = [{**self.param_groups[k], "params": own} for k, own in shares.items()]
+            self._apply(gradients, groups, free)
+
         factored = self._updating.factored(self._parameters(), self._roles)
-        homes = {id(p): group for group in self.param_groups for p in group["params"]}
-        finite = []
-
-        def update(signals: list[Signal]) -> None:
-            gradients = Gradients(factored)
-            for signal in signals:
-                gradients.collect(signal)
-            finite.append(gradients.finite())
-            if finite[-1]:
-                own = [s.parameter for s in signals if id(s.parameter) in homes]
-                groups = [{**homes[id(p)], "params": [p]} for p in own]
-                self._apply(gradients, groups, free)
-            gradients.release()
-
-        how = replace(self.how, beta=self._strength.eased(self.how.beta))
-        self.last = contrast_blockwise(free, how, update)
-        self._strength.learn(self.last.status)
-        if any(finite):
-            free.commit()
-        self._count(bool(finite) and all(finite))
+        self.last, whole = by_block(free, self.how, self._strength, factored, update)
+        self.unsettled += self.last.status != CONVERGED
+        self._count(whole)
         return self.last.loss
 
     def _update(
@@ -366,6 +366,8 @@ class EPOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict`` returned; what ``torch.optim.SGD`` does not save stays."""
+        for group in state_dict["param_groups"]:
+            self.rule.check({**self.defaults, **group})  # before anything is loaded
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             group.setdefault("lr_scale", self.defaults["lr_scale"])
@@ -392,5 +394,6 @@ class EPOptimizer(torch.optim.Optimizer):
             "max_skipped",
             "skipped",
             "skipped_in_a_row",
+            "unsettled",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}

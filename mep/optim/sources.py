@@ -65,17 +65,17 @@ def by_backprop(
         for buffer, before in buffers if not taken else ():
             buffer.data.copy_(before)
 
+    wanted = [p for p in owned if p.requires_grad]
     try:
+        free = free_phase(model, x, target, how) if with_free else None
         with torch.enable_grad():
             loss = how.cost.mean(model(x), target)
+            found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
     except Exception:
         keep_statistics(False)
         raise
     gradients = Gradients()
-    wanted = [p for p in owned if p.requires_grad]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
     for p, g in zip(wanted, found, strict=True):
         if g is not None:
             gradients.put(p, g)
-    free = free_phase(model, x, target, how) if with_free else None
     return Batch(loss.detach(), gradients, math.isfinite(loss.item()), keep_statistics, free)

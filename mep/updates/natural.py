@@ -16,6 +16,9 @@ __all__ = ["Natural"]
 
 FISHERS = ("empirical", "true")
 
+# Mean curvature below this is rounding, not knowledge: the errors of a net that fits its batch.
+FLOOR = 1e-10
+
 
 @dataclass(frozen=True)
 class Natural(MatrixRule):
@@ -23,10 +26,11 @@ class Natural(MatrixRule):
 
     ``A`` and ``G`` are running averages of the weight's Kronecker factors, from local signals at
     the free equilibrium. Damping is relative to the mean curvature: ``A + sqrt(d) (tr A / n) I``,
-    the same for ``G``. ``nu <= 1`` keeps the step's predicted change of the model's output
-    distribution, ``(lr / (1 - mu))^2 nu^2 sum <g, G^-1 g A^-1>``, below a limit, the sum running
-    over the matrices of one parameter group (of one block, if updates go block by block). Decay
-    is decoupled.
+    the same for ``G``; a mean curvature below 1e-10 counts as 1e-10. ``nu <= 1`` keeps the step's
+    predicted change of the model's output distribution,
+    ``(lr / (1 - mu))^2 nu^2 sum <g, G^-1 g A^-1>``, below a limit, the sum running over the
+    matrices of one parameter group (of one block, if updates go block by block). Decay is
+    decoupled.
 
     Group numbers: ``lr``, ``lr_scale``, ``momentum``, ``weight_decay``.
 
@@ -90,7 +94,7 @@ class Natural(MatrixRule):
                 factor = known.lerp_(factor.to(known), 1 - self.decay)
             state[f"{name}_factor"] = factor
             size = float(factor.diagonal().mean())
-            # Its own size is kept apart: a fitted net's is so small that its inverse overflows.
+            # Its own size is kept apart: that of a fitted net has no inverse in float32.
             state["curvature"] *= size
             whole = factor / size if size > 0 else factor
             state[f"{name}_inverse"] = _inverse(whole, math.sqrt(self.damping))
@@ -116,8 +120,7 @@ class Natural(MatrixRule):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             momentum = state["momentum_buffer"].mul_(group["momentum"])
-            if size > 0:
-                momentum.add_(change, alpha=size)
+            momentum.add_(change, alpha=size)
             parameter.mul_(1 - lr * group["weight_decay"]).add_(momentum, alpha=-lr)
 
     def _sizes(
@@ -127,21 +130,13 @@ class Natural(MatrixRule):
         steps: list[Tensor],
         states: list[dict[str, Any]],
     ) -> list[float]:
-        """Factors on the steps: the inverse of the curvature's own size, times ``nu``.
-
-        In Python's floats, since only their product with ``nu`` is of ordinary size; 0 where there
-        is no curvature at all, or no finite step.
-        """
-        sizes = [1 / c if (c := state["curvature"]) > 0 else 0.0 for state in states]
+        """Factors on the steps: the inverse of the curvature's own size, times ``nu``."""
+        sizes = [1 / max(state["curvature"], FLOOR) for state in states]
         slopes = [float((g * s).sum()) for g, s in zip(gradients, steps, strict=True)]
         change = lr**2 * sum(s * slope for s, slope in zip(sizes, slopes, strict=True))
         if self.limit is not None and change > self.limit:
             sizes = [size * math.sqrt(self.limit / change) for size in sizes]
-        most = (float(step.abs().max()) for step in steps)
-        return [
-            size if size * m <= torch.finfo(step.dtype).max else 0.0
-            for size, m, step in zip(sizes, most, steps, strict=True)
-        ]
+        return sizes
 
 
 def _inverse(factor: Tensor, damping: float) -> Tensor:

@@ -15,10 +15,10 @@ __all__ = ["Normalised"]
 
 @dataclass(frozen=True)
 class Normalised(Rule):
-    """``m <- mu m + (1 - mu) g``; ``theta <- (1 - lr lambda) theta - lr m / (||m|| + eps)``.
+    """``m <- mu m + (1 - mu) g``; ``theta <- (1 - lr lambda) theta - lr m / max(||m||, eps)``.
 
-    Every parameter moves by ``lr`` whatever the size of its signal, which falls or grows from
-    layer to layer; no norm is taken over more than one parameter. Weight decay is decoupled.
+    Every parameter with a signal moves by ``lr`` whatever the signal's size, which falls or grows
+    from layer to layer; no norm is taken over more than one parameter. Weight decay is decoupled.
 
     Group numbers: ``lr``, ``lr_scale``, ``momentum``, ``weight_decay``.
 
@@ -61,4 +61,5 @@ class Normalised(Rule):
             momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             if group["weight_decay"] != 0:
                 parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.sub_(momentum * (lr / (torch.linalg.vector_norm(momentum) + self.eps)))
+            least = max(self.eps, torch.finfo(momentum.dtype).tiny)
+            parameter.sub_(momentum * (lr / torch.linalg.vector_norm(momentum).clamp(min=least)))

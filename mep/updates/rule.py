@@ -90,10 +90,6 @@ class Rule(ABC):
 class MatrixRule(Rule):
     """A rule for matrices and convolution kernels, which count as matrices ``(out, in)``."""
 
-    def parts(self) -> list[Rule]:
-        """Returns the rules that take the steps: this one."""
-        return [self]
-
     def assign(self, parameter: Tensor, role: Role) -> tuple[Rule, float] | None:
         return None if parameter.dim() < 2 else (self, 1.0)
 

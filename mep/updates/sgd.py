@@ -59,8 +59,14 @@ class SGD(Rule):
         if self.decoupled and decay != 0:
             for p in parameters:
                 p.mul_(1 - lr * decay)
-        # torch's fused CPU kernel leaves most of a bfloat16 tensor as it was (2.13).
-        fused = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
+        # torch's fused CPU kernel (2.13) leaves most of a bfloat16 tensor as it was, and walks
+        # through parameter, gradient and momentum as if they lay in memory alike.
+        fused = all(
+            p.dtype in (torch.float32, torch.float64)
+            and p.stride() == g.stride()
+            and (m is None or p.stride() == m.stride())
+            for p, g, m in zip(parameters, gradients, buffers, strict=True)
+        )
         sgd(
             parameters, gradients, buffers, fused=fused,
             lr=lr, momentum=group["momentum"], dampening=0.0,
