@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mep.constraints import Constraint
 from mep.optim.gradients import Gradients
-from mep.updates import SGD, Role, Rule, dense
+from mep.updates import SGD, Role, Rule
 
 __all__ = ["Updating"]
 
@@ -99,16 +99,10 @@ class Updating:
             for rule, factor, parameters in self.shares(chosen, roles):
                 numbers = group if factor == 1 else {**group, "lr": group["lr"] * factor}
                 found: list[Any] = [gradients.of(p) for p in parameters]
-                if not rule.takes_factors:
-                    found = [dense(g) for g in found]
                 states = [state[p] for p in parameters]
-                doubled = [k for k, p in enumerate(parameters) if id(p) in twins]
-                rule.step(
-                    [*parameters, *(twins[id(parameters[k])] for k in doubled)],
-                    [*found, *(dense(found[k]).clone() for k in doubled)],
-                    [*states, *(states[k].setdefault("feedback_state", {}) for k in doubled)],
-                    numbers,
-                )
+                if twins:
+                    parameters, found, states = _with_twins(parameters, found, states, twins)
+                rule.step(parameters, found, states, numbers)
             if self.constraint is not None:
                 held = [p for p in chosen if self.constraint.holds_for(p, roles[id(p)][1])]
                 twinned = [p for p in held if id(p) in twins]
@@ -168,3 +162,18 @@ class Updating:
                         )
                     usable &= rule.observe(found[id(p)], state[p])
         return usable
+
+
+def _with_twins(
+    parameters: list[Tensor],
+    gradients: list[Any],
+    states: list[dict[str, Any]],
+    twins: Mapping[int, Tensor],
+) -> tuple[list[Tensor], list[Any], list[dict[str, Any]]]:
+    """Adds the tensors that take the same steps, with states of their own."""
+    doubled = [k for k, p in enumerate(parameters) if id(p) in twins]
+    return (
+        [*parameters, *(twins[id(parameters[k])] for k in doubled)],
+        [*gradients, *(gradients[k] for k in doubled)],
+        [*states, *(states[k].setdefault("feedback_state", {}) for k in doubled)],
+    )

@@ -7,7 +7,7 @@ from mep.updates.natural import Natural
 from mep.updates.newton_schulz import orthogonalise
 from mep.updates.normalised import Normalised
 from mep.updates.route import Route
-from mep.updates.rule import Gradient, MatrixRule, Role, Rule, dense
+from mep.updates.rule import Gradient, MatrixRule, Role, Rule
 from mep.updates.sgd import SGD
 
 __all__ = [
@@ -25,6 +25,5 @@ __all__ = [
     "Rule",
     "Sign",
     "TopK",
-    "dense",
     "orthogonalise",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mep.curvature import Factors, Signal
 
-__all__ = ["Gradient", "MatrixRule", "Role", "Rule", "check_numbers", "dense", "refuse_nesterov"]
+__all__ = ["Gradient", "MatrixRule", "Role", "Rule", "check_numbers", "refuse_nesterov"]
 
 Gradient = Tensor | Factors
 
@@ -95,11 +95,6 @@ class MatrixRule(Rule):
 
     def check(self, group: dict[str, Any]) -> None:
         check_numbers(group)
-
-
-def dense(gradient: Gradient) -> Tensor:
-    """Returns a gradient as a tensor."""
-    return gradient.dense() if isinstance(gradient, Factors) else gradient
 
 
 def refuse_nesterov(rule: Rule, group: dict[str, Any]) -> None:
