@@ -18,6 +18,7 @@ from mep.contrast import (
 from mep.diagnostics import Diagnosis, diagnose
 from mep.energies import KL, PredictionError, Squared
 from mep.optim import EPOptimizer, param_groups
+from mep.presets import local_ep, muon_backprop, natural_ep, sdmep, smep, smep_fast
 from mep.settling import Anderson, GradientDescent, Limit, Sweep
 from mep.updates import SGD, Dion, ErrorFeedback, Muon, Natural, Normalised, Route, Sign, TopK
 
@@ -55,11 +56,17 @@ __all__ = [
     "five_point",
     "free_states",
     "init",
+    "local_ep",
     "models",
+    "muon_backprop",
+    "natural_ep",
     "one_sided",
     "param_groups",
     "presets",
+    "sdmep",
     "settle",
+    "smep",
+    "smep_fast",
     "state_gradients",
     "trace",
 ]

@@ -157,7 +157,8 @@ def local_ep(
     block and no norm is taken over more than one parameter.
 
     Args:
-        params, model, lr, momentum, weight_decay, cost, beta: as for ``smep``.
+        params, model, lr, momentum, cost, beta: as for ``smep``.
+        weight_decay: decoupled, >= 0; Kolen-Pollack feedback needs some.
         gamma: bound on every weight's spectral norm, > 0; None for no bound.
         feedback: ``"transpose"``, or without weight transport ``"random"`` or
             ``"kolen-pollack"`` (see ``mep.Sweep``).
@@ -187,6 +188,7 @@ def natural_ep(
     weight_decay: float = 0.0,
     damping: float = 0.3,
     fisher: str = "empirical",
+    gamma: float | None = None,
     cost: str | Cost = "cross_entropy",
     beta: float | str | AutoBeta = "auto",
 ) -> EPOptimizer:
@@ -196,6 +198,7 @@ def natural_ep(
         params, model, lr, momentum, weight_decay, cost, beta: as for ``smep``.
         damping: of ``mep.Natural``, relative, >= 0.
         fisher: ``"empirical"`` or ``"true"`` (see ``mep.Natural``).
+        gamma: bound on every weight's spectral norm, > 0; None for no bound.
 
     Returns:
         The optimizer.
@@ -210,7 +213,8 @@ def natural_ep(
     return EPOptimizer(
         _with_depth_rule(params, model, lr), model=model, lr=lr, momentum=momentum,
         weight_decay=weight_decay, update=Route(Natural(damping=damping, fisher=fisher)),
-        stencil=one_sided, cost=cost, beta=beta,
+        constraint=None if gamma is None else SpectralNorm(gamma), stencil=one_sided, cost=cost,
+        beta=beta,
     )  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def test_bare_parameters_get_the_depth_rule_and_groups_are_kept(name):
     assert [g["lr_scale"] for g in own.param_groups] == [1.0]
 
 
-@pytest.mark.parametrize("name", ["smep", "smep_fast", "sdmep", "local_ep"])
+@pytest.mark.parametrize("name", EP)
 def test_gamma_bounds_every_matrix(name):
     model, (x, y) = network(), batch_of()
     opt = make(name, model, gamma=0.5, lr=0.1)
@@ -172,3 +172,7 @@ def test_gamma_bounds_every_matrix(name):
         opt.step(x=x, target=y)
     norms = [torch.linalg.matrix_norm(p, 2) for p in model.parameters() if p.dim() == 2]
     assert max(norms) <= 0.5 * 1.01  # the constraint's own tolerance
+
+
+def test_presets_are_importable_from_mep():
+    assert all(getattr(mep, name) is getattr(presets, name) for name in NAMES)
