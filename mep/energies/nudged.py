@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.blocks import give, take
+from mep.blocks import give
 from mep.energies.free import FreePhase
 from mep.energies.outputs import OutputEnergy, Squared
 from mep.settling import Messages, Residual
@@ -125,10 +125,12 @@ class Nudged:
                 points.append(point)
                 if messages.products is not None:  # the force below, while all is in the cache
                     pulled = block.pull(point, messages.products[i - 1])
-                    force = torch.sub(errors[i - 1], pulled, out=take(pulled))
-                    norms.append(_norm(force))
-                    give(force)
-                    if pulled is not messages.products[i - 1]:
+                    if pulled.data_ptr() == messages.products[i - 1].data_ptr():
+                        norms.append(
+                            _norm(errors[i - 1] - pulled)
+                        )  # the same memory, perhaps a view
+                    else:
+                        norms.append(_norm(pulled.sub_(errors[i - 1])))
                         give(pulled)
             inner = messages.inners[i] if messages.inners else None
             if inner is None:

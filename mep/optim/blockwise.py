@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from torch import Tensor
@@ -19,7 +19,7 @@ def by_block(
     free: FreePhase,
     how: Settings,
     easing: Easing,
-    factored: Container[int],
+    factored: Collection[int],
     update: Callable[[Gradients, list[Tensor]], None],
 ) -> tuple[Estimate, bool]:
     """Hands every block's gradients to ``update``, and gives their memory back.

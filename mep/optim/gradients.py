@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from mep.blocks import give
+from mep.contrast.phases import all_finite
 from mep.curvature import Factors, Signal
 from mep.updates import Gradient
 
@@ -22,7 +22,7 @@ class Gradients:
         factored: ids of the parameters whose gradients stay factors where they are outer products.
     """
 
-    def __init__(self, factored: Container[int] = ()) -> None:
+    def __init__(self, factored: Collection[int] = ()) -> None:
         self._factored = factored
         self._found: dict[int, Gradient] = {}  # by id: hashing a tensor is slow
 
@@ -30,7 +30,9 @@ class Gradients:
         """Adds a signal (the sink of a contrast)."""
         key = id(signal.parameter)
         known = self._found.get(key)
-        if key in self._factored and signal.rows is not None and not isinstance(known, Tensor):
+        if not self._factored and known is None:
+            self._found[key] = signal.form()
+        elif key in self._factored and signal.rows is not None and not isinstance(known, Tensor):
             self._found[key] = Factors([*(known.signals if known else ()), signal])
         else:
             gradient = signal.form()
@@ -44,13 +46,15 @@ class Gradients:
         """Returns a parameter's gradient, if it has one."""
         return self._found.get(id(parameter))
 
-    def finite(self) -> bool:
-        """True if all are. A sum is finite only if all terms are; it may overflow a little before.
+    def among(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Returns those of the parameters that have a gradient."""
+        return [p for p in parameters if id(p) in self._found]
 
-        Sums over a batch may overflow where every residual was finite.
-        """
-        sums = (g.sum() if isinstance(g, Tensor) else g.bound() for g in self._found.values())
-        return math.isfinite(sum(map(float, sums)))
+    def finite(self) -> bool:
+        """True if all are: sums over a batch may overflow where every residual was finite."""
+        return all_finite(
+            g if isinstance(g, Tensor) else g.bound()[None] for g in self._found.values()
+        )
 
     def release(self) -> None:
         """Gives the memory back: nobody reads these gradients any more."""

@@ -128,15 +128,10 @@ class EPOptimizer(torch.optim.Optimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
         options = {
-            "energy": energy,
-            "settler": settler,
-            "settle_steps": settle_steps,
-            "settle_lr": settle_lr,
-            "stencil": stencil,
-            "beta": beta,
-            "gradient_method": gradient_method,
-            "blockwise": blockwise or None,
-        }
+            "energy": energy, "settler": settler, "settle_steps": settle_steps,
+            "settle_lr": settle_lr, "stencil": stencil, "beta": beta,
+            "gradient_method": gradient_method, "blockwise": blockwise or None,
+        }  # fmt: skip
         chosen = {name: value for name, value in options.items() if value is not None}
         if chosen and (mode == "backprop" or model is None):
             why = "mode='backprop' does not settle" if model else "without `model` nothing settles"
@@ -287,8 +282,7 @@ class EPOptimizer(torch.optim.Optimizer):
             observes = self._updating.observes
             return by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
         free = free_phase(model, x, target, self.how, self._feedback(model))
-        factored = self._updating.factored(self._parameters(), self._roles)
-        batch = by_contrast(free, self.how, factored)
+        batch = by_contrast(free, self.how, self._factored())
         self.last = batch.estimate
         return batch
 
@@ -307,8 +301,7 @@ class EPOptimizer(torch.optim.Optimizer):
             groups = [{**self.param_groups[k], "params": own} for k, own in shares.items()]
             self._apply(gradients, groups, free)
 
-        factored = self._updating.factored(self._parameters(), self._roles)
-        self.last, whole = by_block(free, self.how, self._strength, factored, update)
+        self.last, whole = by_block(free, self.how, self._strength, self._factored(), update)
         self.unsettled += self.last.status != CONVERGED
         self._count(whole)
         return self.last.loss
@@ -325,6 +318,12 @@ class EPOptimizer(torch.optim.Optimizer):
             return False
         self._apply(gradients, self.param_groups, free)
         return True
+
+    def _factored(self) -> set[int]:
+        """The ids of the parameters whose rule takes gradients as factors."""
+        if not self._updating.takes_factors:
+            return set()
+        return self._updating.factored(self._parameters(), self._roles)
 
     def _apply(
         self, gradients: Gradients, groups: list[dict[str, Any]], free: FreePhase | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ class Batch:
     estimate: Estimate | None = None
 
 
-def by_contrast(free: FreePhase, how: Settings, factored: Container[int]) -> Batch:
+def by_contrast(free: FreePhase, how: Settings, factored: Collection[int]) -> Batch:
     """Settles and contrasts; gradients of the ``factored`` ids stay factors."""
     gradients = Gradients(factored)
     found = contrast(free, how, gradients.collect)

@@ -95,7 +95,7 @@ class Updating:
         if self.clip_norm is not None:
             gradients.clip(self.clip_norm)
         for group in groups:
-            chosen = [p for p in group["params"] if gradients.of(p) is not None]
+            chosen = gradients.among(group["params"])
             for rule, factor, parameters in self.shares(chosen, roles):
                 numbers = group if factor == 1 else {**group, "lr": group["lr"] * factor}
                 found: list[Any] = [gradients.of(p) for p in parameters]
@@ -127,8 +127,6 @@ class Updating:
 
     def factored(self, parameters: Sequence[Tensor], roles: Roles) -> set[int]:
         """Returns the ids of the parameters whose rule takes gradients as factors."""
-        if not self.takes_factors:
-            return set()
         shares = self.shares(list(parameters), roles)
         return {id(p) for rule, _, share in shares if rule.takes_factors for p in share}
 

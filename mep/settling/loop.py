@@ -87,10 +87,14 @@ class Problem(Protocol):
 
 @dataclass
 class Iterate:
-    """A configuration on its way, its residual, and what the solver carries along."""
+    """A configuration on its way, its residual, and what the solver carries along.
+
+    Both are None before the first step of a solver that does not look at the free equilibrium,
+    whose residual is 1 by definition.
+    """
 
     configuration: Any
-    residual: Residual
+    residual: Any
     memory: Any = field(default=None)
 
 
@@ -135,7 +139,9 @@ def settle(problem: Problem, solver: Solver) -> Settled:
     Source: the loop of Scellier & Bengio 2017, sec. 2, with a measured end instead of a fixed one.
     """
     iterate = solver.start(problem)
-    history, steps = [iterate.residual.per_sample.median()], 0
+    first = iterate.residual
+    history: list[Any] = [1.0 if first is None else first.per_sample.median()]
+    steps = 0
     # A solver without a configuration yet takes a step even where most samples are not nudged.
     while steps < solver.max_steps and (
         iterate.configuration is None or not _may_stop(solver, history)

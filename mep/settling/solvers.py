@@ -129,7 +129,7 @@ class Sweep(Solver):
         return self.max_sweeps
 
     def start(self, problem: Problem) -> Iterate:
-        return Iterate(None, problem.start_residual())
+        return Iterate(None, None)
 
     def step(self, problem: Problem, iterate: Iterate) -> Iterate:
         at = problem.sweep(iterate.configuration)
@@ -174,7 +174,7 @@ class Anderson(Solver):
         )
 
     def start(self, problem: Problem) -> Iterate:
-        return Iterate(None, problem.start_residual(), [])
+        return Iterate(None, None, [])
 
     def step(self, problem: Problem, iterate: Iterate) -> Iterate:
         at = iterate.configuration

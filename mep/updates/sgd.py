@@ -59,17 +59,22 @@ class SGD(Rule):
         if self.decoupled and decay != 0:
             for p in parameters:
                 p.mul_(1 - lr * decay)
-        # torch's fused CPU kernel (2.13) leaves most of a bfloat16 tensor as it was, and walks
-        # through parameter, gradient and momentum as if they lay in memory alike.
-        fused = all(
-            p.dtype in (torch.float32, torch.float64)
-            and p.stride() == g.stride()
-            and (m is None or p.stride() == m.stride())
-            for p, g, m in zip(parameters, gradients, buffers, strict=True)
-        )
+        fused = all(map(_fusable, parameters, gradients, buffers))
         sgd(
             parameters, gradients, buffers, fused=fused,
             lr=lr, momentum=group["momentum"], dampening=0.0,
             weight_decay=0.0 if self.decoupled else decay, nesterov=group["nesterov"],
             maximize=False,
         )  # fmt: skip
+
+
+def _fusable(parameter: Tensor, gradient: Tensor, momentum: Tensor | None) -> bool:
+    """False where torch's fused CPU kernel (2.13) goes wrong.
+
+    It leaves most of a bfloat16 tensor as it was, and walks through parameter, gradient and
+    momentum as if they lay in memory alike.
+    """
+    if parameter.dtype not in (torch.float32, torch.float64):
+        return False
+    strides = parameter.stride()
+    return gradient.stride() == strides and (momentum is None or momentum.stride() == strides)
