@@ -57,7 +57,7 @@ class RulesConfig:
     epochs: int = 1
     seeds: tuple[int, ...] = (0, 1, 2)
     factors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
-    tuning_steps: int = 200
+    tuning_steps: int = 400
     width: int = 128
     batch: int = 128
 

@@ -61,7 +61,7 @@ def rules(
     seeds: Annotated[str, typer.Option(help="One complete run each.")] = "0,1,2",
     tuning_steps: Annotated[
         int, typer.Option(help="Updates per point of the learning rate's grid.")
-    ] = 200,
+    ] = 400,
     width: Annotated[int, typer.Option(help="Units per hidden layer.")] = 128,
     batch: options.Batch = 128,
     data_dir: options.DataDir = None,
