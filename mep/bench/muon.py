@@ -115,11 +115,11 @@ def table(record: Record) -> Table:
     ]  # fmt: skip
     config, threads = record.config, record.environment["threads"]
     return Table(
-        f"one update of {config['layers']} square matrices, bfloat16 iterations, "
-        f"{config['rounds']} interleaved rounds, {threads} threads",
+        f"one update of {config['layers']} square matrices, {config['rounds']} rounds, "
+        f"{threads} threads",
         ["optimizer", "width", "ms", "x torch"],
         rows,
-        "ms: median. x torch: median and quartiles of the time relative to torch.optim.Muon in "
+        "Iterations in bfloat16, rounds interleaved. ms: median. x torch: median and quartiles of the time relative to torch.optim.Muon in "
         "the same round; momentum and the change of the weights are part of both.",
     )
 
@@ -132,7 +132,8 @@ def plot(record: Record) -> Figure:
         entries = [entry for entry in record.summary["arms"] if entry["arm"] == arm]
         widths, times = [e["width"] for e in entries], [e["ms"] for e in entries]
         ax.plot(widths, times, marker="o", label=arm)
-    ax.set(xlabel="width of the matrices", ylabel="time per update / ms", yscale="log")
+    ax.set(xlabel="width of the matrices", ylabel="time per update / ms")
+    ax.set_ylim(bottom=0)
     ax.set_xticks(list(record.config["widths"]))
     ax.legend(loc="upper left")
     return figure
