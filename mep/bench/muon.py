@@ -119,7 +119,8 @@ def table(record: Record) -> Table:
         f"{threads} threads",
         ["optimizer", "width", "ms", "x torch"],
         rows,
-        "Iterations in bfloat16, rounds interleaved. ms: median. x torch: median and quartiles of the time relative to torch.optim.Muon in "
+        "Iterations in bfloat16, rounds interleaved. ms: median. "
+        "x torch: median and quartiles of the time relative to torch.optim.Muon in "
         "the same round; momentum and the change of the weights are part of both.",
     )
 
