@@ -96,6 +96,8 @@ class Updating:
             gradients.clip(self.clip_norm)
         for group in groups:
             chosen = gradients.among(group["params"])
+            if not chosen:  # frozen, or not part of this block
+                continue
             for rule, factor, parameters in self.shares(chosen, roles):
                 numbers = group if factor == 1 else {**group, "lr": group["lr"] * factor}
                 found: list[Any] = [gradients.of(p) for p in parameters]
