@@ -40,6 +40,7 @@ def everything(block, s, d, e):
         product = block.product(moved, e)
         found += [delta, product, block.pull(moved, product)]
         found += [signal.form() for signal in block.signals(moved, e, 0.3)]
+        found += block.advance(point, moved_by, product, product)[::2]
         if block.box is not None:
             inner = block.inner(moved, product)
             found += [inner, *block.at_rest(s, moved_by, inner)]

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mep.curvature import Signal
 
-__all__ = ["Block"]
+__all__ = ["Block", "sample_norm"]
 
 
 class Block(ABC):
@@ -86,6 +87,24 @@ class Block(ABC):
         The difference is a new tensor, the caller's to change.
         """
 
+    def advance(
+        self, point: Any, d: Tensor, product: Tensor, e: Tensor
+    ) -> tuple[Tensor, Any, Tensor]:
+        """Takes ``difference``, and looks at the force below while all of it is in the cache.
+
+        Args:
+            point: at the free state.
+            d: its displacement.
+            product: of this block, with the error above.
+            e: the error below.
+
+        Returns:
+            The difference, the point at ``s + d``, and per sample ``||e - J(s + d)^T e_above||``.
+        """
+        delta, moved = self.difference(point, d)
+        # Out of place: what a block without an activation pulls is the product itself, or a view.
+        return delta, moved, sample_norm(self.pull(moved, product) - e)
+
     @abstractmethod
     def signals(self, point: Any, e: Tensor, scale: float) -> Iterator[Signal]:
         """Yields the local signals, of gradients ``scale (df/dtheta)^T e`` summed over the batch.
@@ -105,6 +124,11 @@ class Block(ABC):
     def describe(self) -> str:
         """Returns the modules on one line, as ``ReLU > Linear(512, 10)``."""
         return " > ".join(_short(m) for m in self.modules)
+
+
+def sample_norm(t: Tensor) -> Tensor:
+    """Returns the norm of every sample, shape ``(B,)``."""
+    return torch.linalg.vector_norm(t if t.dim() == 2 else t.flatten(1), dim=1)
 
 
 def _short(module: nn.Module) -> str:

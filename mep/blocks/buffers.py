@@ -22,32 +22,30 @@ class Shelf:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self._kind = shape, dtype, device
+        self._own: dict[int, Tensor] = {}
         self._idle: list[Tensor] = []
-        self._lent: dict[int, Tensor] = {}
-        self._asked = False
+        self.asked = False
 
     def take(self) -> Tensor:
         """Returns a tensor to write into; it comes back by ``give`` or at the end of the step."""
-        if self._idle:
-            tensor = self._idle.pop()
-        else:
-            shape, dtype, device = self._kind
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-        self._lent[id(tensor)] = tensor
-        self._asked = True
-        return tensor
+        return self._idle.pop() if self._idle else self._make()
 
     def give(self, tensor: Tensor) -> None:
-        """Takes a tensor back; one that was not lent here is none of its business."""
-        if self._lent.pop(id(tensor), None) is not None:
+        """Takes a tensor back, once; one that is not from here is none of its business."""
+        if id(tensor) in self._own:
             self._idle.append(tensor)
 
     def close(self) -> bool:
-        """Takes everything back; returns whether anything had been asked for."""
-        self._idle += reversed(self._lent.values())
-        self._lent.clear()
-        asked, self._asked = self._asked, False
+        """Takes everything back; returns whether the shelf had been asked for."""
+        self._idle = [*reversed(self._own.values())]
+        asked, self.asked = self.asked, False
         return asked
+
+    def _make(self) -> Tensor:
+        shape, dtype, device = self._kind
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        self._own[id(tensor)] = tensor
+        return tensor
 
 
 class Buffers:
@@ -72,6 +70,7 @@ class Buffers:
         found = self._shelves.get(key)
         if found is None:
             found = self._shelves[key] = Shelf(*key)
+        found.asked = True
         return found
 
 

@@ -83,3 +83,15 @@ class DenseBlock(ClosedBlock):
         inputs.give(s_new)
         inputs.give(change)
         return delta, DensePoint(s, y_new, inputs, outputs)
+
+    def advance(
+        self, point: Point, d: Tensor, product: Tensor, e: Tensor
+    ) -> tuple[Tensor, Point, Tensor]:
+        if not isinstance(point, DensePoint):
+            return super().advance(point, d, product, e)
+        delta, moved = self.difference(point, d)
+        s, y = moved.values
+        force = self.activation.pull(s, y, product, out=point.inputs.take()).sub_(e)
+        norm = torch.linalg.vector_norm(force, dim=1)
+        point.inputs.give(force)
+        return delta, moved, norm

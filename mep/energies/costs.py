@@ -108,7 +108,7 @@ class CrossEntropy(Cost):
         index = y.unsqueeze(1)
         # p_y - 1 loses all its digits for well-classified samples; the other classes' sum does not.
         p = p.scatter(1, index, 0.0)
-        p = p.scatter(1, index, -p.sum(1, keepdim=True))
+        p.scatter_(1, index, -p.sum(1, keepdim=True))
         return p if s.dim() == 2 else p / y[0].numel()
 
 

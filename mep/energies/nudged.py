@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.blocks import give
+from mep.blocks import sample_norm
 from mep.energies.free import FreePhase
 from mep.energies.outputs import OutputEnergy, Squared
 from mep.settling import Messages, Residual
@@ -86,7 +86,7 @@ class Nudged:
 
     def start_residual(self) -> Residual:
         # Every force vanishes at the free equilibrium but the nudge itself.
-        nudge = _norm(self.free.cost_gradient)
+        nudge = sample_norm(self.free.cost_gradient)
         return Residual(nudge.sign(), nudge)
 
     def limit(self) -> Configuration:
@@ -121,17 +121,14 @@ class Nudged:
             if i == 0:
                 delta = torch.zeros_like(errors[0])  # nothing moves below the first state
             else:
-                delta, point = block.difference(self.free.points[i], displacements[-1])
+                before, d = self.free.points[i], displacements[-1]
+                if messages.products is None:
+                    delta, point = block.difference(before, d)
+                else:
+                    product = messages.products[i - 1]
+                    delta, point, norm = block.advance(before, d, product, errors[i - 1])
+                    norms.append(norm)
                 points.append(point)
-                if messages.products is not None:  # the force below, while all is in the cache
-                    pulled = block.pull(point, messages.products[i - 1])
-                    if pulled.data_ptr() == messages.products[i - 1].data_ptr():
-                        norms.append(
-                            _norm(errors[i - 1] - pulled)
-                        )  # the same memory, perhaps a view
-                    else:
-                        norms.append(_norm(pulled.sub_(errors[i - 1])))
-                        give(pulled)
             inner = messages.inners[i] if messages.inners else None
             if inner is None:
                 displacements.append(delta.add_(errors[i], alpha=self.beta))
@@ -148,12 +145,12 @@ class Nudged:
 
     def forces(self, at: Configuration) -> tuple[list[Tensor], Residual]:
         forces = list(self._forces(at))
-        return forces, self._residual(at, [_norm(force) for force in forces])
+        return forces, self._residual(at, [sample_norm(force) for force in forces])
 
     def residual(self, at: Configuration) -> Residual:
         if at.norms is None:
             return self.forces(at)[1]
-        return self._residual(at, [*at.norms, _norm(self._output_force(at))])
+        return self._residual(at, [*at.norms, sample_norm(self._output_force(at))])
 
     def _forces(self, at: Configuration) -> Iterator[Tensor]:
         signals = at.local_errors()
@@ -175,9 +172,9 @@ class Nudged:
 
     def _residual(self, at: Configuration, norms: list[Tensor]) -> Residual:
         """Forces and nudge both per unit of beta, which cancels."""
-        nudge = _norm(self._nudge(at))
+        nudge = sample_norm(self._nudge(at))
         ratio = torch.linalg.vector_norm(torch.stack(norms), dim=0) / nudge
-        return Residual(torch.where(nudge == 0, torch.zeros_like(ratio), ratio), nudge)
+        return Residual(torch.where(nudge == 0, 0.0, ratio), nudge)
 
     def _descend(self, at: Configuration, *, exact_ramps: bool) -> Messages:
         """The backward sweep at a configuration."""
@@ -227,8 +224,3 @@ class Nudged:
     def _output_prediction(self, at: Configuration) -> Tensor:
         moved = torch.sub(at.displacements[-1], at.errors[-1], alpha=self.beta)
         return self.free.states[-1] + moved
-
-
-def _norm(t: Tensor) -> Tensor:
-    """Norm per sample, shape ``(B,)``."""
-    return torch.linalg.vector_norm(t if t.dim() == 2 else t.flatten(1), dim=1)
