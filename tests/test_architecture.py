@@ -10,14 +10,14 @@ LONGEST = 400
 
 # What each part may import of the package, besides itself. Arrows point one way:
 # blocks <- energies <- contrast <- optim <- presets <- training <- bench <- cli
-CORE = ["curvature", "blocks", "settling", "energies", "contrast"]
+CORE = ["curvature", "memory", "blocks", "settling", "energies", "contrast"]
 INDEPENDENT = ["updates", "constraints", "curvature", "continual", "memory", "data"]
 ALLOWED = {
     "curvature": [],
     "blocks": ["curvature"],
     "settling": [],
     "energies": ["blocks", "settling"],
-    "contrast": ["curvature", "blocks", "settling", "energies"],
+    "contrast": ["curvature", "memory", "blocks", "settling", "energies"],
     "init": [],
     "models": ["init"],
     "updates": ["curvature"],
@@ -26,8 +26,8 @@ ALLOWED = {
     "memory": [],
     "data": [],
     "diagnostics": CORE,
-    "optim": [*CORE, "updates", "constraints", "curvature", "continual", "memory"],
-    "presets": [*CORE, "optim", "updates", "constraints", "curvature", "continual", "memory"],
+    "optim": [*CORE, "updates", "constraints", "continual"],
+    "presets": [*CORE, "optim", "updates", "constraints", "continual"],
 }
 BELOW_TRAINING = [*ALLOWED]
 ALLOWED["training"] = BELOW_TRAINING
@@ -95,7 +95,7 @@ def test_imports_go_down_the_arrows_only(path):
 
 @pytest.mark.parametrize("part", INDEPENDENT)
 def test_independent_parts_know_nothing_of_ep(part):
-    assert not set(ALLOWED[part]) & {*CORE, "optim", "presets"} - {"curvature"}
+    assert not set(ALLOWED[part]) & {*CORE, "optim", "presets"} - {"curvature", "memory"}
 
 
 def test_nothing_imports_the_tools_but_the_tools():

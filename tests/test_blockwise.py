@@ -70,7 +70,7 @@ def test_groups_keep_their_numbers():
         opt = mep.EPOptimizer(groups, model=model, blockwise=blockwise, settler=ONE)
         train(opt, 3, batch_of())
         found.append(weights(model))
-    assert identical(*found)
+    assert distance(*found) < SAME
 
 
 def test_frozen_and_foreign_parameters_stay():
@@ -134,7 +134,8 @@ def most_alive(monkeypatch, model, x, y, blockwise):
                 return gradient
 
             patch.setattr(kind, "weight_gradient", noting)
-        optimizer(model, blockwise).step(x=x, target=y)
+        # A rule that takes gradients: SGD adds their factors up without forming any.
+        optimizer(model, blockwise, update=mep.Normalised()).step(x=x, target=y)
     return most[0]
 
 

@@ -1,12 +1,14 @@
 """Memory used again from step to step."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 import mep
 from mep.blocks.buffers import Buffers, give, take
-from mep.blocks.closed import Point
+from mep.blocks.closed import ClosedBlock, Point
 from mep.blocks.dense import DensePoint
 
 
@@ -49,13 +51,15 @@ def everything(block, s, d, e):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
-def test_dense_block_is_its_reference(activation, bias):
+@pytest.mark.parametrize("lent", [True, False])
+def test_dense_block_is_its_reference(activation, bias, lent):
     model = nn.Sequential(nn.Linear(5, 6), activation(), nn.Linear(6, 4, bias=bias)).double()
     block = mep.trace(model).blocks[1]
+    slow_block = ClosedBlock(block.name, block.modules, block.operations, block.layer)
     s, d = torch.randn(2, 7, 6, dtype=torch.float64)
     e = torch.randn(7, 4, dtype=torch.float64)
-    reference, slow = everything(block, s, d, e)
-    with Buffers().lend():
+    reference, slow = everything(slow_block, s, d, e)
+    with Buffers().lend() if lent else nullcontext():
         found, fast = everything(block, s, d, e)
     assert type(fast) is DensePoint and type(slow) is Point
     for one, other in zip(found, reference, strict=True):

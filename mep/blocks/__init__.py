@@ -3,5 +3,16 @@
 from mep.blocks.block import Block, sample_norm
 from mep.blocks.buffers import Buffers, give
 from mep.blocks.chain import Chain, TraceError, trace
+from mep.blocks.randomness import random_state, replayed
 
-__all__ = ["Block", "Buffers", "Chain", "TraceError", "give", "sample_norm", "trace"]
+__all__ = [
+    "Block",
+    "Buffers",
+    "Chain",
+    "TraceError",
+    "give",
+    "random_state",
+    "replayed",
+    "sample_norm",
+    "trace",
+]

@@ -26,8 +26,11 @@ class Shelf:
         self._idle: list[Tensor] = []
         self.asked = False
 
-    def take(self) -> Tensor:
-        """Returns a tensor to write into; it comes back by ``give`` or at the end of the step."""
+    def take(self) -> Tensor | None:
+        """Returns a tensor to write into (torch's ``out=``), or None: torch then allocates.
+
+        It comes back by ``give``, or at the end of the step.
+        """
         return self._idle.pop() if self._idle else self._make()
 
     def give(self, tensor: Tensor) -> None:
@@ -74,21 +77,35 @@ class Buffers:
         return found
 
 
+class NoShelf(Shelf):
+    """Outside ``Buffers.lend()``: torch allocates, and frees what nobody holds."""
+
+    def __init__(self) -> None:
+        """It keeps nothing."""
+
+    def take(self) -> None:  # type: ignore[override]
+        return None
+
+    def give(self, tensor: Tensor) -> None:
+        return
+
+
+_NO_SHELF = NoShelf()
 _active: ContextVar[Buffers | None] = ContextVar("active buffers", default=None)
 
 
-def shelf(like: Tensor, shape: tuple[int, ...] | None = None) -> Shelf | None:
-    """Returns the shelf for one kind of tensor, or None outside ``Buffers.lend()``.
+def shelf(like: Tensor, shape: tuple[int, ...] | None = None) -> Shelf:
+    """Returns the shelf for one kind of tensor, an empty one outside ``Buffers.lend()``.
 
     Args:
         like: gives dtype and device, and the shape unless that is given.
         shape: of the tensors.
 
-    >>> shelf(torch.zeros(2)) is None
+    >>> shelf(torch.zeros(2)).take() is None
     True
     """
     buffers = _active.get()
-    return None if buffers is None else buffers._shelf(shape or like.shape, like)
+    return _NO_SHELF if buffers is None else buffers._shelf(shape or like.shape, like)
 
 
 def take(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor | None:
@@ -101,12 +118,9 @@ def take(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor | None:
     >>> take(torch.zeros(2)) is None
     True
     """
-    found = shelf(like, shape)
-    return None if found is None else found.take()
+    return shelf(like, shape).take()
 
 
 def give(tensor: Tensor) -> None:
     """Returns a tensor before the step ends: nobody reads it any more, and it is in the cache."""
-    found = shelf(tensor)
-    if found is not None:
-        found.give(tensor)
+    shelf(tensor).give(tensor)

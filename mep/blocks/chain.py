@@ -73,23 +73,31 @@ class Chain:
         """
         states, points, s = [], [], x
         for block in self.blocks:
-            try:
-                out, point = block.predict(s)
-                if out.shape[:1] != x.shape[:1]:
-                    raise ValueError(
-                        f"the batch must stay the first dimension, got {tuple(out.shape)}"
-                    )
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, IndexError, ValueError) as error:
-                raise ValueError(
-                    f"`x` of shape {tuple(x.shape)} does not fit the model: block `{block.name}` "
-                    f"({block.describe()}) was given shape {tuple(s.shape)} and said: {error}"
-                ) from error
-            s = out
+            s, point = self.predict(block, s, x)
             states.append(s)
             points.append(point)
         return states, points
+
+    def predict(self, block: Block, s: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+        """Returns a block's prediction and point; ``x`` is the input of the chain, for messages.
+
+        Raises:
+            ValueError: if the block cannot take its input; the message names it.
+        """
+        try:
+            out, point = block.predict(s)
+            if out.shape[:1] != x.shape[:1]:
+                raise ValueError(f"the batch must stay the first dimension, got {tuple(out.shape)}")
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            if "allocate memory" in str(error):  # on CPU no error of a kind of its own
+                raise
+            raise ValueError(
+                f"`x` of shape {tuple(x.shape)} does not fit the model: block `{block.name}` "
+                f"({block.describe()}) was given shape {tuple(s.shape)} and said: {error}"
+            ) from error
+        return out, point
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yields every parameter of the chain once."""

@@ -28,8 +28,8 @@ class DenseBlock(ClosedBlock):
     """``f(s) = W phi(s) + b`` on vectors: the fast path of ``ClosedBlock``, which is its reference.
 
     Between two products there is little arithmetic, so that Python takes a good part of the time:
-    here every question is answered by one function, into buffers. Outside ``Buffers.lend()`` the
-    reference answers.
+    here every question is answered by one function, into buffers where there are any. States of
+    more dimensions are left to the reference.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class DenseBlock(ClosedBlock):
         return isinstance(lead, Pointwise) and lead.activation.writes and not lead.reads_input
 
     def predict(self, s: Tensor) -> tuple[Tensor, Point]:
+        if s.dim() != 2:
+            return super().predict(s)
         weight, bias = self._of_layer["weight"], self._of_layer["bias"]
         inputs, outputs = shelf(s), shelf(s, (s.shape[0], weight.shape[0]))
-        if inputs is None or outputs is None or s.dim() != 2:
-            return super().predict(s)
         y = self.activation.value(s, out=inputs.take())
         if bias is None:
             f = torch.mm(y, weight.t(), out=outputs.take())
@@ -76,9 +76,9 @@ class DenseBlock(ClosedBlock):
         if not isinstance(point, DensePoint):
             return super().difference(point, d)
         (s, y), inputs, outputs = point.values, point.inputs, point.outputs
-        s_new, change, y_new = inputs.take(), inputs.take(), inputs.take()
-        torch.add(s, d, out=s_new)
-        self.activation.move(s, y, d, s_new, room=(change, y_new, s_new))
+        s_new, y_new, room = inputs.take(), inputs.take(), inputs.take()
+        s_new = torch.add(s, d, out=s_new)
+        change, y_new = self.activation.move(s, y, d, s_new, room=(room, y_new, s_new))
         delta = torch.mm(change, self._of_layer["weight"].t(), out=outputs.take())
         inputs.give(s_new)
         inputs.give(change)
@@ -90,8 +90,7 @@ class DenseBlock(ClosedBlock):
         if not isinstance(point, DensePoint):
             return super().advance(point, d, product, e)
         delta, moved = self.difference(point, d)
-        s, y = moved.values
-        force = self.activation.pull(s, y, product, out=point.inputs.take()).sub_(e)
+        force = self.pull(moved, product).sub_(e)
         norm = torch.linalg.vector_norm(force, dim=1)
         point.inputs.give(force)
         return delta, moved, norm

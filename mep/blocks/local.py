@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mep.blocks.block import Block
 from mep.blocks.layers import Layer, layer_of
+from mep.blocks.randomness import random_state, replayed
 from mep.curvature import Signal
 
 __all__ = ["LocalBlock"]
@@ -60,9 +61,9 @@ class LocalBlock(Block):
         if not any(m.training for top in self.modules for m in top.modules()):
             return self._body(_copy(s)), _Point(s, None, {})
         buffers = self._copy_buffers()
-        before = _rng_state(s.device)
+        before = random_state(s.device)
         out = functional_call(self._body, buffers, (_copy(s),))
-        drew = not torch.equal(before, _rng_state(s.device))
+        drew = not torch.equal(before, random_state(s.device))
         return out, _Point(s, before if drew else None, buffers)
 
     def product(self, point: _Point, e: Tensor) -> Tensor:
@@ -112,10 +113,8 @@ class LocalBlock(Block):
             tensors |= dict(self._body.named_parameters())
             tensors = {k: t.to(s.dtype) if t.is_floating_point() else t for k, t in tensors.items()}
 
-        def run() -> Tensor:
+        with replayed(point.rng, s.device):
             return functional_call(self._body, tensors, (_copy(s),))
-
-        return run() if point.rng is None else _replay(point.rng, s.device, run)
 
     def _copy_buffers(self) -> dict[str, Tensor]:
         return {name: buffer.clone() for name, buffer in self._body.named_buffers()}
@@ -164,18 +163,3 @@ def _rows(
 def _copy(s: Tensor) -> Tensor:
     """A module may work in place; the state belongs to the settling."""
     return s.clone()
-
-
-def _rng_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _replay(rng: Tensor, device: torch.device, run: Callable[[], Tensor]) -> Tensor:
-    """Runs a function from a given random state and puts the present one back."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else [], device_type="cuda"):
-        if cuda:
-            torch.cuda.set_rng_state(rng, device)
-        else:
-            torch.set_rng_state(rng)
-        return run()

@@ -3,10 +3,12 @@
 from mep.contrast.blockwise import check_blockwise, contrast_blockwise
 from mep.contrast.estimate import Estimate, Sink, contrast, estimate
 from mep.contrast.fisher import free_signals
+from mep.contrast.footprint import footprints, standing
 from mep.contrast.inspect import energy, free_states, settle, state_gradients
-from mep.contrast.phases import chain_of, free_phase
+from mep.contrast.phases import chain_of, check_input, free_phase
 from mep.contrast.settings import Settings, settings
 from mep.contrast.stencils import Stencil, centered, five_point, one_sided
+from mep.contrast.streaming import contrast_streamed
 from mep.contrast.strength import AutoBeta, Easing
 
 __all__ = [
@@ -19,16 +21,20 @@ __all__ = [
     "centered",
     "chain_of",
     "check_blockwise",
+    "check_input",
     "contrast",
     "contrast_blockwise",
+    "contrast_streamed",
     "energy",
     "estimate",
     "five_point",
+    "footprints",
     "free_phase",
     "free_signals",
     "free_states",
     "one_sided",
     "settings",
     "settle",
+    "standing",
     "state_gradients",
 ]

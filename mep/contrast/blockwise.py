@@ -9,35 +9,41 @@ import torch
 from torch import Tensor
 
 from mep.blocks import Chain
-from mep.contrast.estimate import Estimate, summary
+from mep.contrast.estimate import Estimate, refused, summary
 from mep.contrast.settings import Settings
 from mep.contrast.strength import strength_of
 from mep.curvature import Signal
 from mep.energies import FreePhase, PredictionError, Squared
-from mep.settling import DIVERGED, Residual, Sweep, settle
+from mep.memory import phase
+from mep.settling import Sweep, settle
 
 __all__ = ["check_blockwise", "contrast_blockwise"]
 
 
-def check_blockwise(how: Settings, chain: Chain) -> None:
+def check_blockwise(how: Settings, chain: Chain, option: str = "`blockwise=True`") -> None:
     """Refuses what cannot be updated block by block during one nudged sweep.
+
+    Args:
+        how: the strategy.
+        chain: the chain.
+        option: what asks for it, for messages.
 
     Raises:
         ValueError: naming the option and what it must be.
     """
     if not isinstance(how.settler, Sweep) or how.settler.max_sweeps != 1:
         raise ValueError(
-            "`blockwise=True` updates during the nudged sweep, of which there is one: use "
+            f"{option} updates during the nudged sweep, of which there is one: use "
             f"settler=mep.Sweep(1), not {how.settler}"
         )
-    if len(_nodes(how, 1.0)) != 1:
+    if len(how.nodes(1.0)) != 1:
         raise ValueError(
-            "`blockwise=True` has one nudged phase: use stencil=mep.one_sided, not "
+            f"{option} has one nudged phase: use stencil=mep.one_sided, not "
             f"{getattr(how.stencil, '__name__', how.stencil)}"
         )
     if not isinstance(how.energy, PredictionError) or not isinstance(how.energy.output, Squared):
         raise ValueError(
-            "`blockwise=True` needs the squared error in every layer: use "
+            f"{option} needs the squared error in every layer: use "
             f"energy=mep.PredictionError(), not {how.energy}"
         )
     seen: set[int] = set()
@@ -45,7 +51,7 @@ def check_blockwise(how: Settings, chain: Chain) -> None:
         own = {id(p) for p in block.parameters()}
         if own & seen:
             raise ValueError(
-                f"`blockwise=True`: block `{block.name}` shares a parameter with an earlier one, "
+                f"{option}: block `{block.name}` shares a parameter with an earlier one, "
                 "which would change before this block has used it; give each its own"
             )
         seen |= own
@@ -68,20 +74,18 @@ def contrast_blockwise(
     Returns:
         The estimate; ``"diverged"`` with infinite residuals if nothing was sent.
     """
-    ((beta, weight),) = _nodes(how, strength_of(how.beta, free))
+    ((beta, weight),) = how.nodes(strength_of(how.beta, lambda: free.gain))
     scale = -weight * beta / len(free.loss)
     if not free.sound:
-        nothing = torch.full_like(free.loss, torch.inf)
-        return Estimate(free.loss.mean(), Residual(nothing, nothing), 0, DIVERGED, abs(beta))
+        return refused(free.loss, beta)
 
     def visit(i: int, point: Any, e: Tensor) -> None:
-        sink(list(free.chain.blocks[i].signals(point, e, scale)))
+        with phase("mep: contrast"):
+            sink(list(free.chain.blocks[i].signals(point, e, scale)))
 
     assert isinstance(how.energy, PredictionError), "checked by check_blockwise"
     problem = how.energy.nudged(free, beta)
     problem.visit = visit
-    return summary(free, [settle(problem, how.settler)], [(beta, weight)])
-
-
-def _nodes(how: Settings, beta: float) -> list[tuple[float, float]]:
-    return [(b, w) for b, w in how.stencil(beta) if b != 0]
+    with phase("mep: settle"):
+        settled = settle(problem, how.settler)
+    return summary(free, [settled], [(beta, weight)])

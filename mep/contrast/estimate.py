@@ -16,6 +16,7 @@ from mep.contrast.stencils import Stencil, one_sided
 from mep.contrast.strength import AutoBeta, strength_of
 from mep.curvature import Signal
 from mep.energies import Cost, Energy, FreePhase
+from mep.memory import label, phase
 from mep.settling import (
     CONVERGED,
     DIVERGED,
@@ -29,7 +30,7 @@ from mep.settling import (
     settle,
 )
 
-__all__ = ["Estimate", "Sink", "contrast", "estimate", "summary"]
+__all__ = ["Estimate", "Sink", "contrast", "estimate", "refused", "summary"]
 
 Sink = Callable[[Signal], None]
 
@@ -120,7 +121,7 @@ def estimate(
 def _add_to_grad(signal: Signal) -> None:
     parameter = signal.parameter
     if parameter.grad is None:
-        parameter.grad = signal.form()
+        parameter.grad = label(signal.form(), "gradients")
     else:
         parameter.grad += signal.form()
 
@@ -140,10 +141,11 @@ def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0)
         The estimate. The sink was not called if a phase diverged or the loss is not finite.
         Running statistics are the caller's to commit, once the gradients have been used.
     """
-    beta = strength_of(how.beta, free)
-    # The errors vanish at the free equilibrium: a node at 0 adds nothing.
-    nodes = [(b, w) for b, w in how.stencil(beta) if b != 0]
-    phases = [settle(how.energy.nudged(free, b), how.settler) for b, _ in nodes]
+    with phase("mep: settle"):
+        beta = strength_of(how.beta, lambda: free.gain)
+    nodes = how.nodes(beta)
+    with phase("mep: settle"):
+        phases = [settle(how.energy.nudged(free, b), how.settler) for b, _ in nodes]
     found = summary(free, phases, nodes)
     if found.status == DIVERGED:
         warnings.warn(_divergence(found, how), stacklevel=3)
@@ -151,13 +153,20 @@ def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0)
     if isinstance(how.settler, GradientDescent):
         _warn_if_silent(phases[0])
     batch = len(free.loss)
-    for phase, (b, node_weight) in zip(phases, nodes, strict=True):
-        at = phase.configuration
-        scale = -node_weight * b * weight / batch  # errors come per unit of beta
-        for block, point, e in zip(free.chain, at.points, at.local_errors(), strict=True):
-            for signal in block.signals(point, e, scale):
-                sink(signal)
+    with phase("mep: contrast"):
+        for settled, (b, node_weight) in zip(phases, nodes, strict=True):
+            at = settled.configuration
+            scale = -node_weight * b * weight / batch  # errors come per unit of beta
+            for block, point, e in zip(free.chain, at.points, at.local_errors(), strict=True):
+                for signal in block.signals(point, e, scale):
+                    sink(signal)
     return found
+
+
+def refused(loss: Tensor, beta: float) -> Estimate:
+    """Returns the verdict on a batch whose loss or errors are not finite: nothing was sent."""
+    nothing = torch.full_like(loss, torch.inf)
+    return Estimate(loss.mean(), Residual(nothing, nothing), 0, DIVERGED, abs(beta))
 
 
 def summary(free: FreePhase, phases: list[Settled], nodes: list[tuple[float, float]]) -> Estimate:
@@ -166,8 +175,8 @@ def summary(free: FreePhase, phases: list[Settled], nodes: list[tuple[float, flo
     loss = free.loss.mean()
     worst = next(s for s in (DIVERGED, NOT_SETTLED, LIMIT, CONVERGED) if s in statuses)
     per_sample = phases[0].residual
-    for phase in phases[1:]:
-        per_sample = torch.maximum(per_sample, phase.residual)
+    for other in phases[1:]:
+        per_sample = torch.maximum(per_sample, other.residual)
     return Estimate(
         loss=loss,
         balance=Residual(per_sample, phases[-1].balance.nudge),

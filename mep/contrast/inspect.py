@@ -172,7 +172,7 @@ def settle(
     )
     with torch.no_grad():
         free = free_phase(model, x, target, how)
-        return run(how.energy.nudged(free, strength_of(how.beta, free)), how.settler)
+        return run(how.energy.nudged(free, strength_of(how.beta, lambda: free.gain)), how.settler)
 
 
 def _check_states(chain: Chain, x: Tensor, states: list[Tensor]) -> None:

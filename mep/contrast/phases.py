@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mep.blocks import Chain, trace
 from mep.contrast.settings import Settings
 from mep.energies import FreePhase
+from mep.memory import phase
 from mep.settling import TRANSPOSE
 
 __all__ = ["all_finite", "chain_of", "check_input", "free_phase"]
@@ -92,7 +93,8 @@ def free_phase(
         )
     chain = chain_of(model, how.gradient_method)
     check_input(chain, x)
-    return FreePhase(chain, x, target, how.cost, feedback)
+    with phase("mep: settle"):
+        return FreePhase(chain, x, target, how.cost, feedback)
 
 
 def check_input(model: Chain | nn.Module, x: Tensor) -> None:

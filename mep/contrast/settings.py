@@ -23,6 +23,13 @@ class Settings:
     energy: Energy
     gradient_method: str
 
+    def nodes(self, beta: float) -> list[tuple[float, float]]:
+        """Returns the nodes ``(beta_k, w_k)`` of the stencil that are to be settled.
+
+        The errors vanish at the free equilibrium: a node at 0 adds nothing.
+        """
+        return [(b, w) for b, w in self.stencil(beta) if b != 0]
+
 
 def settings(
     *,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from mep.energies import FreePhase
 from mep.settling import CONVERGED
 
 __all__ = ["AutoBeta", "Easing", "check_beta", "strength_of"]
@@ -85,6 +85,6 @@ class Easing:
         self.factor = min(1.0, self.factor * 1.1) if settled else max(2**-10, self.factor / 2)
 
 
-def strength_of(beta: float | AutoBeta, free: FreePhase) -> float:
-    """Returns the nudging strength for one batch."""
-    return beta.c / free.gain if isinstance(beta, AutoBeta) else beta
+def strength_of(beta: float | AutoBeta, gain: Callable[[], float]) -> float:
+    """Returns the nudging strength for one batch, whose gain ``kappa`` is asked for if needed."""
+    return beta.c / gain() if isinstance(beta, AutoBeta) else beta

@@ -61,10 +61,11 @@ class Factors:
             total = total + signal.form()
         return total
 
-    def add_to(self, matrix: Tensor) -> Tensor:
-        """Adds the gradient to a matrix ``(out, in)`` in place and returns it."""
+    def add_to(self, matrix: Tensor, *, factor: float = 1.0, keep: float = 1.0) -> Tensor:
+        """``M <- keep M + factor G`` in place, for a matrix ``(out, in)``; returns it."""
         for signal, a, e in self._rows():
-            matrix.addmm_(e.t(), a, alpha=signal.scale)
+            matrix.addmm_(e.t(), a, alpha=factor * signal.scale, beta=keep)
+            keep = 1.0
         return matrix
 
     def scaled(self, factor: float) -> Factors:

@@ -10,11 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.blocks import Chain
+from mep.blocks import Block, Chain
 from mep.energies.costs import Cost
 from mep.settling import Messages
 
-__all__ = ["FreePhase"]
+__all__ = ["FreePhase", "product", "usable_gain"]
+
+
+def product(block: Block, point: Any, e: Tensor, feedback: Mapping[int, Tensor] | None) -> Tensor:
+    """Returns a block's ``W^T e``, or ``B^T e`` where it has feedback of its own."""
+    other = feedback.get(id(block.feedback_weight)) if feedback else None
+    return block.product(point, e) if other is None else block.product_through(point, e, other)
+
+
+def usable_gain(gain: float, blocks: int) -> float:
+    """Returns a gain to divide by: that of an isometric chain where the measured one is none.
+
+    There is nothing to learn from such a batch, or an overflow that settling will report.
+    """
+    return gain if math.isfinite(gain) and gain > 0 else float(blocks)
 
 
 class FreePhase:
@@ -55,11 +69,7 @@ class FreePhase:
 
     def product(self, i: int, point: Any, e: Tensor) -> Tensor:
         """Returns block ``i``'s ``W^T e``, or ``B^T e`` where it has feedback of its own."""
-        block = self.chain.blocks[i]
-        if not self.feedback:
-            return block.product(point, e)
-        other = self.feedback.get(id(block.feedback_weight))
-        return block.product(point, e) if other is None else block.product_through(point, e, other)
+        return product(self.chain.blocks[i], point, e, self.feedback)
 
     @cached_property
     def cost_gradient(self) -> Tensor:
@@ -100,9 +110,7 @@ class FreePhase:
     def gain(self) -> float:
         """``kappa = sum_i ||e_i||^2 / ||e_L||^2``: how much every layer's move adds up."""
         norms = torch.stack(self._swept[1])
-        gain = float((norms / norms[0]).square_().sum())
-        # Nothing to learn from this batch, or an overflow that settling will report: any will do.
-        return gain if math.isfinite(gain) and gain > 0 else float(len(norms))
+        return usable_gain(float((norms / norms[0]).square_().sum()), len(norms))
 
     def commit(self) -> None:
         """Makes the free phase's running statistics permanent: once per step."""

@@ -173,8 +173,7 @@ class Nudged:
     def _residual(self, at: Configuration, norms: list[Tensor]) -> Residual:
         """Forces and nudge both per unit of beta, which cancels."""
         nudge = sample_norm(self._nudge(at))
-        ratio = torch.linalg.vector_norm(torch.stack(norms), dim=0) / nudge
-        return Residual(torch.where(nudge == 0, 0.0, ratio), nudge)
+        return Residual.of(torch.linalg.vector_norm(torch.stack(norms), dim=0), nudge)
 
     def _descend(self, at: Configuration, *, exact_ramps: bool) -> Messages:
         """The backward sweep at a configuration."""

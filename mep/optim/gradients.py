@@ -10,6 +10,7 @@ from torch import Tensor
 from mep.blocks import give
 from mep.contrast.phases import all_finite
 from mep.curvature import Factors, Signal
+from mep.memory import label
 from mep.updates import Gradient
 
 __all__ = ["Gradients"]
@@ -31,11 +32,11 @@ class Gradients:
         key = id(signal.parameter)
         known = self._found.get(key)
         if not self._factored and known is None:
-            self._found[key] = signal.form()
+            self._found[key] = label(signal.form(), "gradients")
         elif key in self._factored and signal.rows is not None and not isinstance(known, Tensor):
             self._found[key] = Factors([*(known.signals if known else ()), signal])
         else:
-            gradient = signal.form()
+            gradient = label(signal.form(), "gradients")
             self._found[key] = gradient if known is None else _sum(known, gradient)
 
     def put(self, parameter: Tensor, gradient: Tensor) -> None:

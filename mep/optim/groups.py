@@ -10,9 +10,24 @@ from torch import Tensor, nn
 from mep.contrast import chain_of
 from mep.updates import Role
 
-__all__ = ["param_groups", "roles"]
+__all__ = ["check_own", "param_groups", "roles"]
 
 _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def check_own(model: nn.Module | None, parameters: list[Any]) -> None:
+    """Refuses parameters that are not the model's.
+
+    Raises:
+        ValueError: with their number.
+    """
+    own = {id(p) for p in model.parameters()} if model is not None else None
+    foreign = sum(id(p) not in own for p in parameters) if own is not None else 0
+    if foreign:
+        raise ValueError(
+            f"{foreign} of {len(parameters)} parameters do not belong to `model`; "
+            "pass model.parameters()"
+        )
 
 
 def roles(model: nn.Module | None, parameters: Iterable[Tensor]) -> dict[int, tuple[str, Role]]:

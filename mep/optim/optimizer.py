@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,12 +26,14 @@ from mep.contrast import (
     settings,
 )
 from mep.energies import Cost, Energy, FreePhase, cost_of
-from mep.optim.blockwise import by_block
+from mep.memory import Plan, phase
+from mep.optim.blockwise import BlockUpdates, by_block
+from mep.optim.budget import budget_of
 from mep.optim.feedback import check_learning, feedback_weights
 from mep.optim.gradients import Gradients
-from mep.optim.groups import roles
+from mep.optim.groups import check_own, roles
 from mep.optim.sources import Batch, by_backprop, by_contrast
-from mep.optim.updating import Updating
+from mep.optim.updating import Roles, Updating
 from mep.optim.wording import with_settler
 from mep.settling import CONVERGED, KOLEN_POLLACK, TRANSPOSE, Limit, Solver, Sweep
 from mep.updates import Rule
@@ -73,6 +75,10 @@ class EPOptimizer(torch.optim.Optimizer):
         blockwise: True updates every block during the nudged sweep, as soon as its own signal is
             there, so that no gradient outlives its block. Takes ``mep.Sweep(1)``; a residual above
             tolerance is known only afterwards and halves the nudge of the next step.
+        memory_budget: bytes, or ``"4MB"`` (2^20 each): what a step may take besides parameters and
+            the rule's state. The same update as ``blockwise=True``, segment by segment, with what
+            lies between checkpoints computed again; ``mep.Sweep(1)`` by default.
+        state_dtype: of its checkpoints, such as ``torch.bfloat16``; the states' own by default.
         max_skipped: after more updates than this skipped in a row, because settling diverged,
             ``step`` raises. >= 0.
 
@@ -82,7 +88,8 @@ class EPOptimizer(torch.optim.Optimizer):
         last: the ``Estimate`` of the last EP step, None before the first.
         skipped: updates skipped so far because settling diverged or loss or gradients were not
             finite.
-        unsettled: blockwise updates so far whose residual turned out to be above tolerance.
+        unsettled: updates made on the way whose residual turned out to be above tolerance.
+        plan: how the last step kept to the memory budget; None without one.
 
     Raises:
         TypeError, ValueError: if an option or a parameter does not fit.
@@ -119,6 +126,8 @@ class EPOptimizer(torch.optim.Optimizer):
         settle_lr: float | None = None,
         gradient_method: str | None = None,
         blockwise: bool = False,
+        memory_budget: int | str | None = None,
+        state_dtype: torch.dtype | None = None,
         max_skipped: int = 10,
     ) -> None:
         if mode not in ("ep", "backprop"):
@@ -131,6 +140,7 @@ class EPOptimizer(torch.optim.Optimizer):
             "energy": energy, "settler": settler, "settle_steps": settle_steps,
             "settle_lr": settle_lr, "stencil": stencil, "beta": beta,
             "gradient_method": gradient_method, "blockwise": blockwise or None,
+            "memory_budget": memory_budget, "state_dtype": state_dtype,
         }  # fmt: skip
         chosen = {name: value for name, value in options.items() if value is not None}
         if chosen and (mode == "backprop" or model is None):
@@ -138,7 +148,8 @@ class EPOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{why}: drop {', '.join(sorted(chosen))}")
         self.model = model
         self.mode = mode
-        self.blockwise = chosen.pop("blockwise", False)
+        self._budget = budget_of(chosen)
+        self.blockwise = chosen.pop("blockwise", False) or self._budget is not None
         self._strength = Easing()
         self._updating = Updating(update, constraint, clip_norm)
         self.max_skipped = max_skipped
@@ -147,35 +158,34 @@ class EPOptimizer(torch.optim.Optimizer):
         self._buffers = Buffers()
         self.how: Settings = settings(cost=cost_of(cost), **with_settler(chosen))
         defaults = {
-            "lr": lr,
-            "lr_scale": 1.0,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
+            "lr": lr, "lr_scale": 1.0, "momentum": momentum, "weight_decay": weight_decay,
             "nesterov": nesterov,
-        }
+        }  # fmt: skip
         super().__init__(params, defaults)
-        if self._updating.observes and model is None:
-            raise ValueError(
-                f"`update={type(self.rule).__name__}(...)` needs local signals, and so a model: "
-                "EPOptimizer(..., model=model)"
-            )
+        self._updating.check_model(model)
         if model is not None and (mode == "ep" or self._updating.observes):
             chain = chain_of(model, self.how.gradient_method)  # refuse an unreadable model at once
             feedback = self._feedback(model)
             if feedback and self.how.settler.feedback == KOLEN_POLLACK:
                 check_learning(self.param_groups, feedback, self.rule)
             if self.blockwise:
-                check_blockwise(self.how, chain)
-        if self.blockwise and clip_norm is not None:
-            raise ValueError(
-                "`blockwise=True` knows no norm over all blocks: drop `clip_norm`, or use "
-                "update=mep.Normalised(), whose steps have a length of their own"
-            )
+                check_blockwise(self.how, chain, self._option)
+                self._updating.check_blockwise(self._option, within=self._budget is not None)
+
+    @property
+    def _option(self) -> str:
+        """What makes blocks be updated on the way, for messages."""
+        return "`blockwise=True`" if self._budget is None else "`memory_budget`"
 
     @property
     def rule(self) -> Rule:
         """The update rule."""
         return self._updating.rule
+
+    @property
+    def plan(self) -> Plan | None:
+        """How the last step kept to the memory budget; None without one."""
+        return self._budget and self._budget.plan
 
     @property
     def constraint(self) -> Constraint | None:
@@ -194,21 +204,21 @@ class EPOptimizer(torch.optim.Optimizer):
         if isinstance(params, set):
             raise TypeError("`params` must be a list: a checkpoint needs an order, a set has none")
         params = [params] if isinstance(params, Tensor) else list(params)
-        if self.model is not None:
-            own = {id(p) for p in self.model.parameters()}
-            foreign = sum(id(p[1] if isinstance(p, tuple) else p) not in own for p in params)
-            if foreign:
-                raise ValueError(
-                    f"{foreign} of {len(params)} parameters do not belong to `model`; "
-                    "pass model.parameters()"
-                )
         new = [p[1] if isinstance(p, tuple) else p for p in params]
+        check_own(self.model, new)
         found = roles(self.model, [*self._parameters(), *new])
         if all(isinstance(p, Tensor) for p in new):  # torch itself refuses anything else
             self._updating.refuse(new, found)
         super().add_param_group({**param_group, "params": params})
-        self._roles = found
+        self._know(found)
         self._updating.prepare(new, found, self.state)
+
+    def _know(self, found: Roles) -> None:
+        """Takes note of the parameters' roles, and of whose gradients stay factors."""
+        self._roles = found
+        self._factored = self._updating.factored(
+            self._parameters(), found, on_the_way=self.blockwise
+        )
 
     def step(  # type: ignore[override]
         self,
@@ -243,7 +253,8 @@ class EPOptimizer(torch.optim.Optimizer):
         if self.model is None:
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
         # Other solvers take many steps and keep the last: what they leave is better freed.
-        few = isinstance(self.how.settler, (Sweep, Limit))
+        # A budget counts what is kept between steps, too.
+        few = isinstance(self.how.settler, (Sweep, Limit)) and self._budget is None
         with torch.no_grad(), self._buffers.lend() if few else nullcontext():
             if self.blockwise:
                 return self._step_blockwise(self.model, x, target)
@@ -256,12 +267,12 @@ class EPOptimizer(torch.optim.Optimizer):
         return batch.loss
 
     def _step_on_grad(self, closure: Callable[[], Any] | None) -> Any:
-        if self._updating.observes:
-            name = type(self.rule).__name__
+        if self._budget is not None:
             raise ValueError(
-                f"`update={name}(...)` needs local signals, which `.grad` does not carry: take "
-                "steps by step(x=..., target=...)"
+                "`memory_budget` and `.grad` exclude each other: gradients that are kept take as "
+                "much as the parameters. Take steps by step(x=..., target=...)"
             )
+        self._updating.check_grad()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -282,28 +293,28 @@ class EPOptimizer(torch.optim.Optimizer):
             observes = self._updating.observes
             return by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
         free = free_phase(model, x, target, self.how, self._feedback(model))
-        batch = by_contrast(free, self.how, self._factored())
+        batch = by_contrast(free, self.how, self._factored)
         self.last = batch.estimate
         return batch
 
     def _step_blockwise(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-        free = free_phase(model, x, target, self.how, self._feedback(model))
-        if self._updating.observes and free.sound and not self._observe(free):
-            self._count(False)
-            return free.loss.mean()
-        homes = {id(p): k for k, g in enumerate(self.param_groups) for p in g["params"]}
-
-        def update(gradients: Gradients, parameters: list[Tensor]) -> None:
-            shares: dict[int, list[Tensor]] = defaultdict(list)
-            for p in parameters:
-                if id(p) in homes:
-                    shares[homes[id(p)]].append(p)
-            groups = [{**self.param_groups[k], "params": own} for k, own in shares.items()]
-            self._apply(gradients, groups, free)
-
-        self.last, whole = by_block(free, self.how, self._strength, self._factored(), update)
+        feedback = self._feedback(model)
+        updates = BlockUpdates(
+            self._updating, self.param_groups, self._roles, self.state, self._factored,
+            self._twins(feedback),
+        )  # fmt: skip
+        how = replace(self.how, beta=self._strength.eased(self.how.beta))
+        if self._budget is not None:
+            self.last = self._budget.contrast(model, x, target, how, updates, feedback)
+        else:
+            free = free_phase(model, x, target, how, feedback)
+            if self._updating.observes and free.sound and not self._observe(free):
+                self._count(False)
+                return free.loss.mean()
+            self.last = by_block(free, how, updates)
+        self._strength.learn(self.last.status)
         self.unsettled += self.last.status != CONVERGED
-        self._count(whole)
+        self._count(updates.whole)
         return self.last.loss
 
     def _update(
@@ -319,18 +330,17 @@ class EPOptimizer(torch.optim.Optimizer):
         self._apply(gradients, self.param_groups, free)
         return True
 
-    def _factored(self) -> set[int]:
-        """The ids of the parameters whose rule takes gradients as factors."""
-        if not self._updating.takes_factors:
-            return set()
-        return self._updating.factored(self._parameters(), self._roles)
-
     def _apply(
         self, gradients: Gradients, groups: list[dict[str, Any]], free: FreePhase | None
     ) -> None:
+        twins = self._twins(free.feedback if free else None)
+        with phase("mep: update"):
+            self._updating.apply(gradients, groups, self._roles, self.state, twins)
+
+    def _twins(self, feedback: Mapping[int, Tensor] | None) -> Mapping[int, Tensor]:
+        """Feedback weights that learn, by the id of the weight they belong to."""
         learned = self.how.settler.feedback == KOLEN_POLLACK
-        twins = free.feedback if learned and free is not None else None
-        self._updating.apply(gradients, groups, self._roles, self.state, twins or {})
+        return feedback if learned and feedback else {}
 
     def _feedback(self, model: nn.Module) -> dict[int, Tensor] | None:
         feedback = self.how.settler.feedback
@@ -378,21 +388,12 @@ class EPOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buffers = Buffers()
-        self._roles = roles(self.model, self._parameters())  # a copy has parameters of its own
+        self._know(roles(self.model, self._parameters()))  # a copy has parameters of its own
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class keeps three entries only; a scheduler's patched `step` must not travel.
         kept = (
-            "model",
-            "mode",
-            "_updating",
-            "_strength",
-            "blockwise",
-            "how",
-            "last",
-            "max_skipped",
-            "skipped",
-            "skipped_in_a_row",
-            "unsettled",
-        )
+            "model", "mode", "_updating", "_strength", "blockwise", "_budget", "how", "last",
+            "max_skipped", "skipped", "skipped_in_a_row", "unsettled",
+        )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mep.constraints import Constraint
 from mep.optim.gradients import Gradients
@@ -47,7 +47,52 @@ class Updating:
         parts = self.rule.parts()
         self._alone = parts == [self.rule]
         self.observes = any(part.observes for part in parts)
-        self.takes_factors = any(part.takes_factors for part in parts)
+
+    def check_model(self, model: nn.Module | None) -> None:
+        """Refuses a rule that observes what only a model can give.
+
+        Raises:
+            ValueError: naming the rule.
+        """
+        if self.observes and model is None:
+            raise ValueError(
+                f"`update={type(self.rule).__name__}(...)` needs local signals, and so a model: "
+                "EPOptimizer(..., model=model)"
+            )
+
+    def check_grad(self) -> None:
+        """Refuses a rule that takes more than ``.grad``.
+
+        Raises:
+            ValueError: naming the rule.
+        """
+        if self.observes:
+            raise ValueError(
+                f"`update={type(self.rule).__name__}(...)` needs local signals, which `.grad` does "
+                "not carry: take steps by step(x=..., target=...)"
+            )
+
+    def check_blockwise(self, option: str, *, within: bool) -> None:
+        """Refuses what needs more than one block at a time.
+
+        Args:
+            option: what makes blocks be updated one by one.
+            within: whether a memory budget forbids to keep the signals of all, too.
+
+        Raises:
+            ValueError: naming both options.
+        """
+        if self.clip_norm is not None:
+            raise ValueError(
+                f"{option} knows no norm over all blocks: drop `clip_norm`, or use "
+                "update=mep.Normalised(), whose steps have a length of their own"
+            )
+        for rule in self.rule.parts() if within else ():
+            if rule.observes:
+                raise ValueError(
+                    f"{option} and `update={type(rule).__name__}(...)` exclude each other: the "
+                    "rule observes the signals of all blocks before it updates the first"
+                )
 
     def refuse(self, parameters: Sequence[Tensor], roles: Roles) -> None:
         """Refuses parameters for which there is no rule, by name.
@@ -127,10 +172,21 @@ class Updating:
             shares.setdefault((id(found[0]), found[1]), (*found, []))[2].append(p)
         yield from shares.values()
 
-    def factored(self, parameters: Sequence[Tensor], roles: Roles) -> set[int]:
-        """Returns the ids of the parameters whose rule takes gradients as factors."""
+    def factored(self, parameters: Sequence[Tensor], roles: Roles, *, on_the_way: bool) -> set[int]:
+        """Returns the ids of the parameters whose gradients are better left as factors.
+
+        Args:
+            parameters: of all groups.
+            roles: of the parameters.
+            on_the_way: whether blocks are updated one by one.
+        """
         shares = self.shares(list(parameters), roles)
-        return {id(p) for rule, _, share in shares if rule.takes_factors for p in share}
+        return {
+            id(p)
+            for rule, _, share in shares
+            for p in share
+            if rule.takes_factors or (on_the_way and rule.folds(p))
+        }
 
     def observe(
         self,

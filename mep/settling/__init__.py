@@ -1,6 +1,6 @@
 """The one settling loop and its small solvers. Sees a problem, never blocks or energies."""
 
-from mep.settling.loop import TRANSPOSE, Iterate, Messages, Problem, Solver, settle
+from mep.settling.loop import TRANSPOSE, Iterate, Messages, Problem, Solver, settle, verdict
 from mep.settling.result import CONVERGED, DIVERGED, LIMIT, NOT_SETTLED, Measured, Residual, Settled
 from mep.settling.solvers import KOLEN_POLLACK, Anderson, GradientDescent, Limit, Sweep
 
@@ -23,4 +23,5 @@ __all__ = [
     "Solver",
     "Sweep",
     "settle",
+    "verdict",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mep.settling.result import CONVERGED, DIVERGED, NOT_SETTLED, Residual, Settled
 
-__all__ = ["TRANSPOSE", "Iterate", "Messages", "Problem", "Solver", "settle"]
+__all__ = ["TRANSPOSE", "Iterate", "Messages", "Problem", "Solver", "settle", "verdict"]
 
 # Errors descend by the transposes of the weights themselves.
 TRANSPOSE = "transpose"
@@ -149,7 +149,7 @@ def settle(problem: Problem, solver: Solver) -> Settled:
         iterate = solver.step(problem, iterate)
         history.append(iterate.residual.per_sample.median())
         steps += 1
-    status = solver.final_status or _verdict(iterate.residual, history[-1], solver.tol)
+    status = solver.final_status or verdict(iterate.residual, history[-1], solver.tol)
     medians = [float(m) for m in history]
     return Settled(iterate.configuration, iterate.residual, steps, status, medians)
 
@@ -161,7 +161,14 @@ def _may_stop(solver: Solver, history: list[Any]) -> bool:
     return median <= solver.tol or median != median or solver.stalled(history)
 
 
-def _verdict(residual: Residual, median: Tensor, tol: float | None) -> str:
+def verdict(residual: Residual, median: Tensor | float, tol: float | None) -> str:
+    """Returns ``"converged"``, ``"not settled"`` or ``"diverged"``.
+
+    Args:
+        residual: at the end.
+        median: of it.
+        tol: what it is compared with; 1e-2 if None.
+    """
     if not math.isfinite(float(residual.per_sample.sum())) or median > DIVERGENCE:
         return DIVERGED
     return CONVERGED if median <= (DEFAULT_TOLERANCE if tol is None else tol) else NOT_SETTLED

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["CONVERGED", "DIVERGED", "LIMIT", "NOT_SETTLED", "Measured", "Residual", "Settled"]
@@ -23,6 +24,11 @@ class Residual:
 
     per_sample: Tensor
     nudge: Tensor
+
+    @classmethod
+    def of(cls, force: Tensor, nudge: Tensor) -> Residual:
+        """Returns the residual of forces and nudges, norms per sample in the same unit."""
+        return cls(torch.where(nudge == 0, 0.0, force / nudge), nudge)
 
 
 class Measured:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class Muon(MatrixRule):
 
     Source: Jordan et al. 2024; scales after Liu et al. 2025 (Moonlight), sec. 2.2.
     """
+
+    batches: ClassVar[bool] = True
 
     steps: int = 5
     coefficients: str = "standard"

@@ -27,12 +27,14 @@ class Rule(ABC):
     stands in the parameter group, everything kept for a parameter in its state dictionary.
 
     Attributes:
-        takes_factors: True if the rule can use a gradient in the form of ``Factors``.
         observes: True if the rule asks to observe local signals, by ``wants_curvature``.
+        takes_factors: True if the rule would always rather have gradients as ``Factors``.
+        batches: True if the rule treats parameters of one shape together, which is faster.
     """
 
-    takes_factors: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    takes_factors: ClassVar[bool] = False
+    batches: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, group: dict[str, Any]) -> None:
@@ -70,6 +72,14 @@ class Rule(ABC):
         None if there is no rule for it: the parameter is refused then, by name.
         """
         return self, 1.0
+
+    def folds(self, parameter: Tensor) -> bool:
+        """Returns whether ``Factors`` save the rule from forming a parameter's gradient.
+
+        Blocks that are updated on the way send them then; where all gradients are formed together,
+        tensors are faster.
+        """
+        return self.takes_factors
 
     def wants_curvature(self, states: list[dict[str, Any]]) -> str | None:
         """Returns which local signals the rule asks to observe before its next step.

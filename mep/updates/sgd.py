@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from mep.curvature import Factors
 from mep.updates.rule import Rule, check_numbers
 
 __all__ = ["SGD"]
@@ -42,6 +43,9 @@ class SGD(Rule):
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("`nesterov=True` needs `momentum` > 0")
 
+    def folds(self, parameter: Tensor) -> bool:
+        return parameter.dim() == 2  # a kernel's factors are patches, many times its input
+
     def step(
         self,
         parameters: list[Tensor],
@@ -49,23 +53,44 @@ class SGD(Rule):
         states: list[dict[str, Any]],
         group: dict[str, Any],
     ) -> None:
-        buffers: list[Tensor | None] = [None] * len(parameters)
-        if group["momentum"] != 0:
-            for k, (p, state) in enumerate(zip(parameters, states, strict=True)):
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers[k] = state["momentum_buffer"]
-        lr, decay = group["lr"] * group["lr_scale"], group["weight_decay"]
-        if self.decoupled and decay != 0:
-            for p in parameters:
-                p.mul_(1 - lr * decay)
-        fused = all(map(_fusable, parameters, gradients, buffers))
+        dense: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        for p, gradient, state in zip(parameters, gradients, states, strict=True):
+            if group["momentum"] != 0 and "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            momentum = state["momentum_buffer"] if group["momentum"] != 0 else None
+            if isinstance(gradient, Factors):
+                self._fold(p, gradient, momentum, group)
+            else:
+                dense.append((p, gradient, momentum))
+        if not dense:
+            return
+        if self.decoupled and group["weight_decay"] != 0:
+            for p, _, _ in dense:
+                p.mul_(1 - group["lr"] * group["lr_scale"] * group["weight_decay"])
+        parameters, tensors, buffers = (list(values) for values in zip(*dense, strict=True))
         sgd(
-            parameters, gradients, buffers, fused=fused,
-            lr=lr, momentum=group["momentum"], dampening=0.0,
-            weight_decay=0.0 if self.decoupled else decay, nesterov=group["nesterov"],
-            maximize=False,
+            parameters, tensors, buffers, fused=all(map(_fusable, parameters, tensors, buffers)),
+            lr=group["lr"] * group["lr_scale"], momentum=group["momentum"], dampening=0.0,
+            weight_decay=0.0 if self.decoupled else group["weight_decay"],
+            nesterov=group["nesterov"], maximize=False,
         )  # fmt: skip
+
+    def _fold(
+        self, p: Tensor, gradient: Factors, momentum: Tensor | None, group: dict[str, Any]
+    ) -> None:
+        """The same step with the products of ``G = sum e^T a`` added where they belong."""
+        lr, mu, decay = group["lr"] * group["lr_scale"], group["momentum"], group["weight_decay"]
+        in_gradient = 0.0 if self.decoupled else decay
+        if momentum is not None:
+            gradient.add_to(momentum, keep=mu)
+            if in_gradient:
+                momentum.add_(p, alpha=in_gradient)
+        if decay and (self.decoupled or momentum is None or group["nesterov"]):
+            p.mul_(1 - lr * decay)
+        if momentum is None or group["nesterov"]:
+            gradient.add_to(p, factor=-lr)
+        if momentum is not None:
+            p.add_(momentum, alpha=-lr * mu if group["nesterov"] else -lr)
 
 
 def _fusable(parameter: Tensor, gradient: Tensor, momentum: Tensor | None) -> bool:

@@ -1,0 +1,19 @@
+"""Memory: a tracker of live bytes, and plans that keep a step within a budget."""
+
+from mep.memory.plan import Footprint, Plan, plan, spans
+from mep.memory.size import parse, show
+from mep.memory.tracker import KINDS, Usage, label, phase, track
+
+__all__ = [
+    "KINDS",
+    "Footprint",
+    "Plan",
+    "Usage",
+    "label",
+    "parse",
+    "phase",
+    "plan",
+    "show",
+    "spans",
+    "track",
+]
