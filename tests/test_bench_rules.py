@@ -1,4 +1,4 @@
-"""The comparisons of rules, of depths and of Muon: rows, resuming, refusals."""
+"""The comparisons of rules, of presets against depth and of Muon: rows, resuming, refusals."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import mep
-from mep.bench import depth as depth_bench
+from mep.bench import deep, publish
 from mep.bench import muon as muon_bench
-from mep.bench import publish
+from mep.bench import presets as presets_bench
 from mep.bench import rules as rules_bench
 
 PNG = b"\x89PNG\r\n"
@@ -65,10 +65,11 @@ def test_rules_refuses_bad_settings(options, message):
         rules_bench.RulesConfig(**options)
 
 
-def test_depth_resumes_where_it_was_killed(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(depth_bench, "_LOOK", 2)
-    config = depth_bench.DepthConfig("smep_fast", (2, 4), steps=6, width=8, batch=32)
-    whole = depth_bench.run(config, data, tmp_path / "whole", "mep bench depth")
+def test_presets_resume_where_they_were_killed(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(presets_bench, "_LOOK", 2)
+    monkeypatch.setattr(deep, "_SAVE", 0)  # after every step
+    config = presets_bench.PresetsConfig("smep_fast", (2, 4), steps=6, width=8, batch=32)
+    whole = presets_bench.run(config, data, tmp_path / "whole", "mep bench presets")
 
     step, taken = mep.EPOptimizer.step, []
 
@@ -80,19 +81,19 @@ def test_depth_resumes_where_it_was_killed(tmp_path, data, monkeypatch):
 
     monkeypatch.setattr(mep.EPOptimizer, "step", dying)
     with pytest.raises(KeyboardInterrupt):
-        depth_bench.run(config, data, tmp_path / "killed", "mep bench depth")
+        presets_bench.run(config, data, tmp_path / "killed", "mep bench presets")
     monkeypatch.setattr(mep.EPOptimizer, "step", step)
-    resumed = depth_bench.run(config, data, tmp_path / "killed", "mep bench depth")
+    resumed = presets_bench.run(config, data, tmp_path / "killed", "mep bench presets")
     for one, other in zip(whole.rows, resumed.rows, strict=True):
         assert {**one, "ms": 0} == {**other, "ms": 0}
     assert [row["step"] for row in whole.rows if row["depth"] == 2] == [1, 2, 4, 6]
     assert whole.rows[0]["first_move"] > 0 and whole.summary["depths"][1]["depth"] == 4
-    publish(tmp_path, whole, depth_bench.table(whole), depth_bench.plot(whole), "depth.png")
+    publish(tmp_path, whole, presets_bench.table(whole), presets_bench.plot(whole), "presets.png")
 
     with pytest.raises(ValueError, match=r"checkpoint-depth2\.pt is of another run"):
-        depth_bench.run(replace(config, width=9), data, tmp_path / "killed", "mep bench depth")
+        presets_bench.run(replace(config, width=9), data, tmp_path / "killed", "mep bench presets")
     with pytest.raises(ValueError, match="`preset` must be one of"):
-        depth_bench.DepthConfig("sgd")
+        presets_bench.PresetsConfig("sgd")
 
 
 def test_muon(tmp_path):

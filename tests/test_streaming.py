@@ -161,7 +161,8 @@ def test_peak_is_within_the_budget_and_as_predicted(depth, budget):
     usage, opt = measured(deep(depth), memory_budget=budget)
     assert usage.extra <= opt.plan.peak <= opt.plan.budget
     assert usage.extra >= 0.95 * opt.plan.peak
-    assert usage.peak["gradients"] == 0  # SGD adds their factors up
+    biases = sum(p.nbytes for p in opt.model.parameters() if p.dim() == 1)
+    assert usage.peak["gradients"] <= biases  # SGD adds the factors of the others up
 
 
 RULE_BUDGETS = {

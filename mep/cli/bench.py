@@ -9,6 +9,7 @@ import typer
 
 from mep.bench import depth as depth_benchmark
 from mep.bench import muon as muon_benchmark
+from mep.bench import presets as presets_benchmark
 from mep.bench import rules as rules_benchmark
 from mep.bench import speed as speed_benchmark
 from mep.cli import choices, options
@@ -84,8 +85,40 @@ def rules(
 @app.command()
 def depth(
     context: typer.Context,
+    dataset: options.DatasetName = "mnist",
+    arms: Annotated[
+        str, typer.Option(metavar=",".join(depth_benchmark.ARMS), help="What is trained.")
+    ] = "ep,identity",
+    depths: Annotated[str, typer.Option(help="Numbers of weighted layers.")] = "100",
+    seeds: Annotated[str, typer.Option(help="One complete run each.")] = "0",
+    steps: Annotated[int, typer.Option(help="Updates.")] = 1400,
+    width: Annotated[int, typer.Option(help="Units per hidden layer.")] = 128,
+    batch: options.Batch = 128,
+    lr: Annotated[float, typer.Option(help="Of first and last layer; hidden: by depth.")] = 0.1,
+    warmup: Annotated[int, typer.Option(help="Steps over which the rate rises.")] = 100,
+    memory: Annotated[str, typer.Option(help="Budget of an EP step.")] = "16MB",
+    c: Annotated[float, typer.Option("--c", help="Relative strength of the nudge.")] = 0.05,
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs/bench-depth"),
+) -> None:
+    """Train very deep plain nets by EP within a memory budget, beside backprop and controls."""
+    with choices.usage():
+        choices.prepare(out, "cpu")
+        data = choices.load(dataset, data_dir, None)
+        config = depth_benchmark.DepthConfig(
+            tuple(arms.split(",")), choices.integers("--depths", depths),
+            choices.integers("--seeds", seeds), steps, width, batch, lr, warmup, memory, c,
+        )  # fmt: skip
+    with choices.running():
+        record = depth_benchmark.run(config, data, out, choices.command_line(context))
+    choices.show(depth_benchmark, record, out, "depth.png")
+
+
+@app.command()
+def presets(
+    context: typer.Context,
     preset: Annotated[
-        str, typer.Option(metavar="|".join(depth_benchmark.PRESETS), help="What trains.")
+        str, typer.Option(metavar="|".join(presets_benchmark.PRESETS), help="What trains.")
     ] = "smep",
     dataset: options.DatasetName = "mnist",
     depths: Annotated[str, typer.Option(help="Numbers of weighted layers.")] = "3,30,300,1000",
@@ -94,18 +127,18 @@ def depth(
     batch: options.Batch = 128,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data order.")] = 0,
     data_dir: options.DataDir = None,
-    out: options.Out = Path("runs/bench-depth"),
+    out: options.Out = Path("runs/bench-presets"),
 ) -> None:
     """Train by one preset as it comes, from shallow to very deep."""
     with choices.usage():
         choices.prepare(out, "cpu")
         data = choices.load(dataset, data_dir, None)
-        config = depth_benchmark.DepthConfig(
+        config = presets_benchmark.PresetsConfig(
             preset, choices.integers("--depths", depths), steps, width, batch, seed
         )
     with choices.running():
-        record = depth_benchmark.run(config, data, out, choices.command_line(context))
-    choices.show(depth_benchmark, record, out, "depth.png")
+        record = presets_benchmark.run(config, data, out, choices.command_line(context))
+    choices.show(presets_benchmark, record, out, "presets.png")
 
 
 @app.command()

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from mep.blocks import Block, Chain, random_state, replayed
 from mep.curvature import Signal
-from mep.memory import Footprint, track
+from mep.memory import Footprint, Update, track
 
-__all__ = ["Update", "footprints", "standing"]
+__all__ = ["footprints", "standing"]
 
-Update = Callable[[track, Block, Callable[[], list[Signal]]], int]
+Measure = Callable[[track, Block, Callable[[], list[Signal]]], Update]
 
 
 @torch.no_grad()
-def footprints(chain: Chain, x: Tensor, update: Update) -> list[Footprint]:
+def footprints(chain: Chain, x: Tensor, measure: Measure) -> list[Footprint]:
     """Measures the blocks of a chain, once per kind and shape, on zeros but for the input.
 
     Parameters, buffers and torch's random state are as they were.
@@ -26,8 +26,8 @@ def footprints(chain: Chain, x: Tensor, update: Update) -> list[Footprint]:
     Args:
         chain: the chain.
         x: a checked input, ``(B, *in)``.
-        update: a tracker, a block and a function that returns its signals -> the most bytes that
-            gradients and rule take at once.
+        measure: a tracker, a block and a function that returns its signals -> what the block's
+            update takes.
 
     Raises:
         ValueError: if the input does not fit.
@@ -38,7 +38,7 @@ def footprints(chain: Chain, x: Tensor, update: Update) -> list[Footprint]:
         for block in chain:
             key = _kind(block), tuple(s.shape), s.dtype
             if key not in known:
-                known[key] = _measured(chain, block, s, x, update)
+                known[key] = _measured(chain, block, s, x, measure)
             footprint, s = known[key]
             found.append(footprint)
     return found
@@ -63,7 +63,7 @@ def _kind(block: Block) -> tuple:
 
 
 def _measured(
-    chain: Chain, block: Block, s: Tensor, x: Tensor, update: Update
+    chain: Chain, block: Block, s: Tensor, x: Tensor, measure: Measure
 ) -> tuple[Footprint, Tensor]:
     tracker = track()
     with tracker:
@@ -84,7 +84,7 @@ def _measured(
             before = tracker.reset()
             block.advance(point, d, down, below)
             work = max(work, tracker.most - before + d.nbytes)
-        most = update(tracker, block, lambda: list(block.signals(point, e, 1.0)))
+        update = measure(tracker, block, lambda: list(block.signals(point, e, 1.0)))
     norms = 2 * (len(x) + 1) * f.element_size()  # as a list, and stacked
-    footprint = Footprint(state, max(0, kept - state), product, work, most, norms)
+    footprint = Footprint(state, max(0, kept - state), product, work, norms, update)
     return footprint, torch.zeros_like(f)

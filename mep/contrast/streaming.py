@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,9 +42,8 @@ def contrast_streamed(
     how: Settings,
     plan: Plan,
     sink: Callable[[list[Signal]], None],
-    done: Callable[[], None],
+    done: Callable[[bool], None],
     *,
-    by_segment: bool = False,
     state_dtype: torch.dtype | None = None,
     feedback: Mapping[int, Tensor] | None = None,
 ) -> Estimate:
@@ -59,8 +59,8 @@ def contrast_streamed(
         how: the strategy, which ``check_blockwise`` has passed.
         plan: with one level of checkpoints at least.
         sink: receives all signals of one block at a time, from input to output.
-        done: called when the updates that the signals ask for should be made.
-        by_segment: whether that is after every segment, or after every block.
+        done: called after every block, and with True after every segment: signals that have been
+            held back must not be held any longer.
         state_dtype: of checkpoints, where it is not the states' own. The free phase then goes on
             from what was rounded, so that every later pass meets the very same states.
         feedback: as for ``free_phase``.
@@ -86,12 +86,11 @@ def contrast_streamed(
     def visit(i: int, free: Any, point: Any, e: Tensor) -> None:
         with phase("mep: contrast"):
             sink(list(chain.blocks[i].signals(point, e, scale)))
-        if not by_segment:
-            done()
+        done(False)
         chain.blocks[i].commit(free)
 
     with phase("mep: settle"):
-        climb = _Climb(walk, beta, visit, done if by_segment else None)
+        climb = _Climb(walk, beta, visit, partial(done, True))
         climb.rise(0, walk.parts, marks, tops)
         nudge = how.cost.gradient(output + climb.d, y)
         forces = (climb.squares + sample_norm(e + nudge).square()).sqrt()
@@ -234,7 +233,7 @@ class _Climb:
         walk: _Walk,
         beta: float,
         visit: Callable[[int, Any, Any, Tensor], None],
-        done: Callable[[], None] | None,
+        done: Callable[[], None],
     ) -> None:
         self.walk = walk
         self.beta = beta
@@ -275,5 +274,4 @@ class _Climb:
                 self.squares.addcmul_(force, force)
             self.visit(i, free, moved, e)
             self._below = e
-        if self.done is not None:
-            self.done()
+        self.done()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Factors", "Signal"]
+__all__ = ["Factors", "Signal", "finite_products"]
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Factors:
 
     def add_to(self, matrix: Tensor, *, factor: float = 1.0, keep: float = 1.0) -> Tensor:
         """``M <- keep M + factor G`` in place, for a matrix ``(out, in)``; returns it."""
-        for signal, a, e in self._rows():
+        for signal, a, e in self.rows():
             matrix.addmm_(e.t(), a, alpha=factor * signal.scale, beta=keep)
             keep = 1.0
         return matrix
@@ -74,18 +74,26 @@ class Factors:
             replace(s, scale=s.scale * factor, form=_times(s.form, factor)) for s in self.signals
         )
 
-    def bound(self) -> Tensor:
-        """Returns a bound on every entry: finite only if the gradient is."""
-        norms = [
-            abs(s.scale) * torch.linalg.vector_norm(a) * torch.linalg.vector_norm(e)
-            for s, a, e in self._rows()
-        ]
-        return torch.stack(norms).sum()
-
-    def _rows(self) -> Iterable[tuple[Signal, Tensor, Tensor]]:
+    def rows(self) -> Iterable[tuple[Signal, Tensor, Tensor]]:
+        """Yields each signal with its activity and error."""
         for signal in self.signals:
             assert signal.rows is not None
             yield signal, *signal.rows()
+
+
+def finite_products(gradients: Iterable[Factors]) -> bool:
+    """True if all gradients are sure to be finite, without forming any.
+
+    >>> a = torch.tensor([[1e30, 0.0]])
+    >>> signal = Signal(nn.Parameter(torch.zeros(2, 2)), 1.0, 1, lambda: a.T @ a, lambda: (a, a))
+    >>> finite_products([Factors([signal])])
+    False
+    """
+    rows = [row for gradient in gradients for row in gradient.rows()]
+    every = [t for _, a, e in rows for t in (a, e)]
+    norm = float(torch.nn.utils.get_total_norm(every))
+    # |G| <= |scale| |e| |a| for each product, and so with room to spare:
+    return norm * norm * sum(abs(s.scale) for s, _, _ in rows) <= torch.finfo(every[0].dtype).max
 
 
 def _times(form: Callable[[], Tensor], factor: float) -> Callable[[], Tensor]:

@@ -1,6 +1,6 @@
 """Memory: a tracker of live bytes, and plans that keep a step within a budget."""
 
-from mep.memory.plan import Footprint, Plan, plan, spans
+from mep.memory.plan import Footprint, Plan, Update, plan, spans
 from mep.memory.size import parse, show
 from mep.memory.tracker import KINDS, Usage, label, phase, track
 
@@ -8,6 +8,7 @@ __all__ = [
     "KINDS",
     "Footprint",
     "Plan",
+    "Update",
     "Usage",
     "label",
     "parse",

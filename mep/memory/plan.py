@@ -6,10 +6,30 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from mep.memory.size import show
 
-__all__ = ["Footprint", "Plan", "plan", "spans"]
+__all__ = ["Footprint", "Plan", "Update", "plan", "spans"]
+
+
+class Update(NamedTuple):
+    """What the update of one block takes, in bytes.
+
+    Attributes:
+        gradients: formed on their way to the rule.
+        rule: what the rule takes besides, at the most.
+        waits: whether the update is made at the end of the segment, or at once.
+        signals: whether it waits for the sake of signals that are kept as they are.
+    """
+
+    gradients: int = 0
+    rule: int = 0
+    waits: bool = False
+    signals: bool = False
+
+
+_NONE = Update()
 
 
 @dataclass(frozen=True)
@@ -21,16 +41,27 @@ class Footprint:
         point: what is kept of one evaluation besides input and prediction.
         product: ``W^T e``; 0 where it is the error itself.
         work: the most that comes and goes while the block is at work, its displacement included.
-        update: gradients on their way to the rule, and what the rule takes besides.
         norms: what is noted of its residual where nothing is computed again.
+        update: its update, at the most.
     """
 
     state: int
     point: int
     product: int
     work: int
-    update: int
     norms: int = 0
+    update: Update = _NONE
+
+    @property
+    def moving(self) -> int:
+        """The most that comes and goes."""
+        at_once = 0 if self.update.waits else self.update.gradients + self.update.rule
+        return max(self.work, at_once)
+
+    @property
+    def waiting(self) -> int:
+        """What waits for the end of the segment, besides signals."""
+        return self.update.gradients if self.update.waits else 0
 
     @property
     def open(self) -> int:
@@ -94,7 +125,6 @@ def plan(
     *,
     base: int,
     share: float = 1.0,
-    by_segment: bool = False,
 ) -> Plan:
     """Finds the plan with the fewest passes that keeps to a budget, and of these the smallest.
 
@@ -103,7 +133,6 @@ def plan(
         budget: bytes, > 0.
         base: bytes taken all the time (the batch, the output).
         share: of a state's bytes that its checkpoint takes (0.5 for half the digits).
-        by_segment: whether updates wait for the end of their segment.
 
     Returns:
         The plan.
@@ -111,14 +140,14 @@ def plan(
     Raises:
         ValueError: if none keeps to the budget; the message names the least that would do.
 
-    >>> blocks = [Footprint(100, 100, 100, 300, 0)] * 1000
+    >>> blocks = [Footprint(100, 100, 100, 300)] * 1000
     >>> plan(blocks, 40_000, base=0).lengths
     (22,)
 
     Source: the trade of checkpoints against recomputation: Griewank & Walther 2000; Chen et al.
     2016.
     """
-    costs = _Costs(footprints, base, share, by_segment)
+    costs = _Costs(footprints, base, share)
     least = None
     for levels in range(int(math.log2(max(2, len(footprints)))) + 1):
         found = [(costs.peak(lengths), lengths) for lengths in _candidates(costs, levels)]
@@ -138,16 +167,16 @@ def plan(
 class _Costs:
     """Adds up footprints for any plan; a walk over all blocks in Python is taken only once."""
 
-    def __init__(
-        self, footprints: Sequence[Footprint], base: int, share: float, by_segment: bool
-    ) -> None:
+    def __init__(self, footprints: Sequence[Footprint], base: int, share: float) -> None:
         self.footprints = footprints
         self.base = base
         self.share = share
-        self.by_segment = by_segment
         self.open = [0, *accumulate(f.open for f in footprints)]
-        self.update = [0, *accumulate(f.update for f in footprints)]
-        self.moving = [max(f.work, 0 if by_segment else f.update) for f in footprints]
+        signals = (f.state + f.point if f.update.signals else 0 for f in footprints)
+        waiting = (f.waiting + kept for f, kept in zip(footprints, signals, strict=True))
+        self.waiting = [0, *accumulate(waiting)]
+        # At the end of a segment, all of its updates together.
+        self.end = [0, *accumulate(f.update.rule if f.update.waits else 0 for f in footprints)]
 
     def peak(self, lengths: tuple[int, ...]) -> int:
         count = len(self.footprints)
@@ -156,10 +185,10 @@ class _Costs:
     def _plain(self) -> int:
         """A plain walk keeps all displacements and displaced points, too."""
         kept, most = self.open[-1] + sum(f.norms for f in self.footprints), 0
-        for footprint, moving in zip(self.footprints, self.moving, strict=True):
-            most = max(most, kept + moving)
-            kept += footprint.state + footprint.point
-        return max(most, kept) + (self.update[-1] if self.by_segment else 0)
+        for footprint in self.footprints:
+            most = max(most, kept + footprint.moving)
+            kept += footprint.state + footprint.point + footprint.waiting
+        return max(most, kept + self.end[-1])
 
     def _span(self, start: int, stop: int, lengths: tuple[int, ...]) -> int:
         if not lengths:
@@ -180,16 +209,18 @@ class _Costs:
         self, known: dict[tuple[int, int, int], int], a: int, b: int, rest: tuple[int, ...]
     ) -> int:
         """Spans with the same number of blocks and bytes are taken to be alike."""
-        key = b - a, self.open[b] - self.open[a], self.update[b] - self.update[a]
+        key = b - a, self.open[b] - self.open[a], self.waiting[b] - self.waiting[a]
         if key not in known:
             known[key] = self._span(a, b, rest)
         return known[key]
 
     def _segment(self, start: int, stop: int) -> int:
-        most = 0
+        last = self.footprints[stop - 1]
+        most = self.waiting[stop] - self.waiting[start] + self.end[stop] - self.end[start]
+        most += 3 * (last.state + last.point)  # what the walk still has in its hands
         for i in range(start, stop):
-            waiting = self.update[i + 1] - self.update[start] if self.by_segment else 0
-            most = max(most, self.open[stop] - self.open[i] + self.moving[i] + waiting)
+            waiting = self.waiting[i] - self.waiting[start]
+            most = max(most, self.open[stop] - self.open[i] + waiting + self.footprints[i].moving)
         return most
 
     def _checkpoint(self, i: int) -> int:

@@ -13,7 +13,7 @@ from mep.blocks import Block
 from mep.contrast import Estimate, Settings, contrast_blockwise
 from mep.curvature import Signal
 from mep.energies import FreePhase
-from mep.memory import phase, track
+from mep.memory import Update, phase, track
 from mep.optim.gradients import Gradients
 from mep.optim.updating import Roles, States, Updating
 
@@ -32,7 +32,7 @@ class BlockUpdates:
         twins: as for ``Updating.apply``.
 
     Attributes:
-        finite: of every call of ``make``, whether all gradients were; if not, nothing was changed.
+        finite: of every update, whether all gradients were; if not, nothing was changed.
     """
 
     def __init__(
@@ -47,13 +47,9 @@ class BlockUpdates:
         self.finite: list[bool] = []
         self._updating, self._groups, self._roles = updating, groups, roles
         self._state, self._factored, self._twins = state, factored, twins
+        self._batches = any(rule.batches for rule in updating.rule.parts())
         self._home = {id(p): k for k, g in enumerate(groups) for p in g["params"]}
         self._gradients, self._parameters = Gradients(factored), dict[int, Tensor]()
-
-    @property
-    def by_segment(self) -> bool:
-        """True if some rule treats many parameters at once, and had better wait for a few."""
-        return any(rule.batches for rule in self._updating.rule.parts())
 
     @property
     def whole(self) -> bool:
@@ -67,8 +63,15 @@ class BlockUpdates:
                 self._gradients.collect(signal)
                 self._parameters[id(signal.parameter)] = signal.parameter
 
-    def make(self) -> None:
-        """Updates what has been collected."""
+    def make(self, now: bool = True) -> None:
+        """Updates what has been collected; unless ``now``, only what should not wait.
+
+        A rule that treats many parameters at once, or takes signals as they are, waits for some
+        more: one call for many costs little more than one for each. A matrix's gradient that has
+        been formed for any other rule does not.
+        """
+        if not self._parameters or not (now or (self._gradients.formed and not self._batches)):
+            return
         self.finite.append(self._gradients.finite())
         if self.finite[-1]:
             shares: dict[int, list[Tensor]] = defaultdict(list)
@@ -80,24 +83,36 @@ class BlockUpdates:
         self._gradients.release()
         self._parameters.clear()
 
-    def measure(self, tracker: track, block: Block, signals: Callable[[], list[Signal]]) -> int:
-        """Returns the most bytes that one block's update takes; made on copies, and forgotten."""
+    def measure(self, tracker: track, block: Block, signals: Callable[[], list[Signal]]) -> Update:
+        """Returns what one block's update takes; made on copies, and forgotten."""
         own = [p for p in dict.fromkeys(block.parameters()) if id(p) in self._home]
-        # Rules that wait for several blocks treat them as one batch: so the measure has two.
-        twice = [{id(p): p.detach().clone() for p in own} for _ in range(1 + self.by_segment)]
+        # Of rules that treat several blocks as one batch, the measure has two.
+        twice = [{id(p): p.detach().clone() for p in own} for _ in range(1 + self._batches)]
         trial, states = self._trial(own, twice)
         for tensor in trial.everything():
             tracker.label(tensor, "parameters")
-        before = 0
+        found = Update()
         for _ in range(2):  # the first makes the state
             for tensor in _tensors(states):
                 tracker.label(tensor, "optimizer state")
             before = tracker.reset()
             for copies in twice:
-                found = [s for s in signals() if id(s.parameter) in copies]
-                trial.collect([replace(s, parameter=copies[id(s.parameter)]) for s in found])
+                mine = [s for s in signals() if id(s.parameter) in copies]
+                trial.collect([replace(s, parameter=copies[id(s.parameter)]) for s in mine])
+                del mine
+            gradients, factored = tracker.live - before, trial.factored
+            trial.make(now=False)
+            waits = bool(trial._parameters)
             trial.make()
-        return -(-(tracker.most - before) // len(twice))
+            rule = tracker.most - before - gradients
+            count = len(twice)
+            found = Update(-(-gradients // count), -(-rule // count), waits, factored)
+        return found
+
+    @property
+    def factored(self) -> bool:
+        """True if some of what has been collected are signals as they are."""
+        return self._gradients.factored
 
     def everything(self) -> list[Tensor]:
         """Returns all parameters and twins."""
@@ -123,14 +138,24 @@ class BlockUpdates:
         return trial, states
 
 
-def by_block(free: FreePhase, how: Settings, updates: BlockUpdates) -> Estimate:
-    """Takes one nudged sweep with all of the chain at hand, and updates each block on the way."""
+def by_block(
+    free: FreePhase, how: Settings, updates: BlockUpdates, *, within: bool = False
+) -> Estimate:
+    """Takes one nudged sweep with all of the chain at hand, and updates each block on the way.
+
+    Args:
+        free: the free phase.
+        how: the strategy.
+        updates: of the blocks.
+        within: a budget, where some rules may wait for the end.
+    """
 
     def take_step(signals: list[Signal]) -> None:
         updates.collect(signals)
-        updates.make()
+        updates.make(now=not within)
 
     found = contrast_blockwise(free, how, take_step)
+    updates.make()
     if any(updates.finite):
         free.commit()
     return found

@@ -69,10 +69,10 @@ class Budget:
         check_input(chain, x)
         self.plan = self._plan(chain, x, target, updates)
         if not self.plan.levels:
-            return by_block(free_phase(model, x, target, how, feedback), how, updates)
+            return by_block(free_phase(model, x, target, how, feedback), how, updates, within=True)
         return contrast_streamed(
             chain, x, target, how, self.plan, updates.collect, updates.make,
-            by_segment=updates.by_segment, state_dtype=self.state_dtype, feedback=feedback,
+            state_dtype=self.state_dtype, feedback=feedback,
         )  # fmt: skip
 
     def _plan(self, chain: Chain, x: Tensor, target: Tensor, updates: BlockUpdates) -> Plan:
@@ -83,9 +83,7 @@ class Budget:
             dtype = chain.parameter.dtype
             share = (self.state_dtype or dtype).itemsize / dtype.itemsize
             base = standing(x, target, found[-1].state)
-            self.plan = plan(
-                found, self.size, base=base, share=share, by_segment=updates.by_segment
-            )
+            self.plan = plan(found, self.size, base=base, share=share)
             self._planned_for = wanted
         return self.plan
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mep.blocks import give
 from mep.contrast.phases import all_finite
-from mep.curvature import Factors, Signal
+from mep.curvature import Factors, Signal, finite_products
 from mep.memory import label
 from mep.updates import Gradient
 
@@ -51,11 +51,21 @@ class Gradients:
         """Returns those of the parameters that have a gradient."""
         return [p for p in parameters if id(p) in self._found]
 
+    @property
+    def formed(self) -> bool:
+        """True if the gradient of some matrix or kernel has been formed."""
+        return any(isinstance(g, Tensor) and g.dim() > 1 for g in self._found.values())
+
+    @property
+    def factored(self) -> bool:
+        """True if some gradients are factors."""
+        return any(isinstance(g, Factors) for g in self._found.values())
+
     def finite(self) -> bool:
         """True if all are: sums over a batch may overflow where every residual was finite."""
-        return all_finite(
-            g if isinstance(g, Tensor) else g.bound()[None] for g in self._found.values()
-        )
+        tensors = [g for g in self._found.values() if isinstance(g, Tensor)]
+        factors = [g for g in self._found.values() if isinstance(g, Factors)]
+        return all_finite(tensors) and (not factors or finite_products(factors))
 
     def release(self) -> None:
         """Gives the memory back: nobody reads these gradients any more."""

@@ -89,6 +89,7 @@ class EPOptimizer(torch.optim.Optimizer):
         skipped: updates skipped so far because settling diverged or loss or gradients were not
             finite.
         unsettled: updates made on the way whose residual turned out to be above tolerance.
+        easing: the factor on the nudge that updates on the way have led to.
         plan: how the last step kept to the memory budget; None without one.
 
     Raises:
@@ -150,7 +151,7 @@ class EPOptimizer(torch.optim.Optimizer):
         self.mode = mode
         self._budget = budget_of(chosen)
         self.blockwise = chosen.pop("blockwise", False) or self._budget is not None
-        self._strength = Easing()
+        self.easing = Easing()
         self._updating = Updating(update, constraint, clip_norm)
         self.max_skipped = max_skipped
         self.skipped = self.skipped_in_a_row = self.unsettled = 0
@@ -303,7 +304,7 @@ class EPOptimizer(torch.optim.Optimizer):
             self._updating, self.param_groups, self._roles, self.state, self._factored,
             self._twins(feedback),
         )  # fmt: skip
-        how = replace(self.how, beta=self._strength.eased(self.how.beta))
+        how = replace(self.how, beta=self.easing.eased(self.how.beta))
         if self._budget is not None:
             self.last = self._budget.contrast(model, x, target, how, updates, feedback)
         else:
@@ -312,7 +313,7 @@ class EPOptimizer(torch.optim.Optimizer):
                 self._count(False)
                 return free.loss.mean()
             self.last = by_block(free, how, updates)
-        self._strength.learn(self.last.status)
+        self.easing.learn(self.last.status)
         self.unsettled += self.last.status != CONVERGED
         self._count(updates.whole)
         return self.last.loss
@@ -369,7 +370,7 @@ class EPOptimizer(torch.optim.Optimizer):
         counts = {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "easing": self._strength.factor,
+            "easing": self.easing.factor,
         }
         return {**super().state_dict(), "ep": counts}
 
@@ -383,7 +384,7 @@ class EPOptimizer(torch.optim.Optimizer):
         counts = state_dict.get("ep", {})
         self.skipped = counts.get("skipped", 0)
         self.skipped_in_a_row = counts.get("skipped_in_a_row", 0)
-        self._strength.factor = counts.get("easing", 1.0)
+        self.easing.factor = counts.get("easing", 1.0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -393,7 +394,7 @@ class EPOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # The base class keeps three entries only; a scheduler's patched `step` must not travel.
         kept = (
-            "model", "mode", "_updating", "_strength", "blockwise", "_budget", "how", "last",
+            "model", "mode", "_updating", "easing", "blockwise", "_budget", "how", "last",
             "max_skipped", "skipped", "skipped_in_a_row", "unsettled",
         )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}

@@ -80,17 +80,22 @@ class SGD(Rule):
     ) -> None:
         """The same step with the products of ``G = sum e^T a`` added where they belong."""
         lr, mu, decay = group["lr"] * group["lr_scale"], group["momentum"], group["weight_decay"]
-        in_gradient = 0.0 if self.decoupled else decay
-        if momentum is not None:
-            gradient.add_to(momentum, keep=mu)
-            if in_gradient:
-                momentum.add_(p, alpha=in_gradient)
-        if decay and (self.decoupled or momentum is None or group["nesterov"]):
+        if decay and (self.decoupled or momentum is None):
             p.mul_(1 - lr * decay)
-        if momentum is None or group["nesterov"]:
+        if momentum is None:
             gradient.add_to(p, factor=-lr)
-        if momentum is not None:
-            p.add_(momentum, alpha=-lr * mu if group["nesterov"] else -lr)
+            return
+        in_gradient = 0.0 if self.decoupled else decay
+        if group["nesterov"]:
+            # g + mu m' = (1 + mu) m' - mu m: the old momentum first, and no g of its own. The
+            # weight that decays in m' has moved by then, which its factor makes up for.
+            p.add_(momentum, alpha=lr * mu)
+            gradient.add_to(momentum, keep=mu * (1 - lr * in_gradient))
+        else:
+            gradient.add_to(momentum, keep=mu)
+        if in_gradient:
+            momentum.add_(p, alpha=in_gradient)
+        p.add_(momentum, alpha=-lr * (1 + mu) if group["nesterov"] else -lr)
 
 
 def _fusable(parameter: Tensor, gradient: Tensor, momentum: Tensor | None) -> bool:
