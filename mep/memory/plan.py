@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mep.memory.size import show
 
@@ -62,11 +62,6 @@ class Footprint:
     def waiting(self) -> int:
         """What waits for the end of the segment, besides signals."""
         return self.update.gradients if self.update.waits else 0
-
-    @property
-    def open(self) -> int:
-        """What the block takes while its segment is worked on."""
-        return 2 * self.state + self.point + self.product
 
 
 @dataclass(frozen=True)
@@ -160,27 +155,51 @@ def plan(
     assert least is not None, "a chain has blocks, and no level at all is always a candidate"
     raise ValueError(
         f"`memory_budget={show(budget)}` is not enough for this model and batch: the least that "
-        f"works is {show(least)}"
+        f"works is {show(least, up=True)}"
     )
 
 
+# What is not worth counting: a point that lingers in the walk's hands, where blocks are unequal.
+_MARGIN = 1.025
+
+
 class _Costs:
-    """Adds up footprints for any plan; a walk over all blocks in Python is taken only once."""
+    """Adds up footprints for any plan, in the order in which ``contrast_streamed`` walks."""
 
     def __init__(self, footprints: Sequence[Footprint], base: int, share: float) -> None:
         self.footprints = footprints
         self.base = base
         self.share = share
-        self.open = [0, *accumulate(f.open for f in footprints)]
-        signals = (f.state + f.point if f.update.signals else 0 for f in footprints)
-        waiting = (f.waiting + kept for f, kept in zip(footprints, signals, strict=True))
+        below = [0, *(f.state for f in footprints)]
+        # While its segment is worked on, a block has its input and the error there, its point and
+        # its product; on the way down, less.
+        opened = (2 * s + f.point + f.product for f, s in zip(footprints, below, strict=False))
+        passed = (s + f.point for f, s in zip(footprints, below, strict=False))
+        self.open, self.passed = [0, *accumulate(opened)], [0, *accumulate(passed)]
+        waiting = (f.waiting + (f.state + f.point) * f.update.signals for f in footprints)
         self.waiting = [0, *accumulate(waiting)]
         # At the end of a segment, all of its updates together.
         self.end = [0, *accumulate(f.update.rule if f.update.waits else 0 for f in footprints)]
+        alike = {footprint: k for k, footprint in enumerate(dict.fromkeys(footprints))}
+        self.alike = [alike[footprint] for footprint in footprints]
 
     def peak(self, lengths: tuple[int, ...]) -> int:
+        """Returns the peak of a plan."""
+        if not lengths:
+            return self.base + self._plain()
+        return int(_MARGIN * (self.base + self._most(lengths)))
+
+    def _most(self, lengths: tuple[int, ...]) -> int:
         count = len(self.footprints)
-        return self.base + (self._span(0, count, lengths) if lengths else self._plain())
+        parts = spans(0, count, lengths[0])
+        known: dict[Any, int] = {}
+        # The first way down still has the states at all feet.
+        feet, tops, most = sum(self._foot(a) for a, _ in parts), 0, 0
+        for a, b in reversed(parts):
+            most = max(most, feet + tops + self._down(known, a, b, lengths[1:]))
+            feet -= self._foot(a)
+            tops += self._checkpoint(a - 1) if a else 0
+        return max(most, self._up(known, 0, count, lengths))
 
     def _plain(self) -> int:
         """A plain walk keeps all displacements and displaced points, too."""
@@ -190,38 +209,65 @@ class _Costs:
             kept += footprint.state + footprint.point + footprint.waiting
         return max(most, kept + self.end[-1])
 
-    def _span(self, start: int, stop: int, lengths: tuple[int, ...]) -> int:
-        if not lengths:
-            return self._segment(start, stop)
-        parts = spans(start, stop, lengths[0])
-        # A checkpoint of fewer digits is read into a state of its own.
-        most, kept = 0, 0 if self.share == 1 else self.footprints[stop - 1].state
-        inner: dict[tuple[int, int, int], int] = {}
-        for a, b in reversed(parts):  # the way up: what is above is still kept
-            if b < stop:
-                kept += self._checkpoint(b - 1)  # the error at its top
-            most = max(most, kept + self._once(inner, a, b, lengths[1:]))
-            if a > start:
-                kept += self._checkpoint(a - 1)  # the state at its foot
-        return most
-
-    def _once(
-        self, known: dict[tuple[int, int, int], int], a: int, b: int, rest: tuple[int, ...]
-    ) -> int:
-        """Spans with the same number of blocks and bytes are taken to be alike."""
-        key = b - a, self.open[b] - self.open[a], self.waiting[b] - self.waiting[a]
+    def _down(self, known: dict[Any, int], start: int, stop: int, rest: tuple[int, ...]) -> int:
+        """The peak of a way down through a span, besides what it begins with."""
+        key = "down", rest, tuple(self.alike[max(0, start - 1) : stop])
         if key not in known:
-            known[key] = self._span(a, b, rest)
+            if rest:
+                parts = spans(start, stop, rest[0])
+                feet, most = sum(self._foot(a) for a, _ in parts[1:]), 0
+                for a, b in reversed(parts):
+                    most = max(most, feet + self._down(known, a, b, rest[1:]))
+                    feet -= self._foot(a) if a > start else 0
+            else:
+                error = self.footprints[stop - 1].state
+                work = max(f.work + f.product for f in self.footprints[start:stop])
+                most = self.passed[stop] - self.passed[start] + error + work
+            known[key] = most
         return known[key]
 
+    def _up(self, known: dict[Any, int], start: int, stop: int, lengths: tuple[int, ...]) -> int:
+        """The peak of a way up through a span."""
+        key = "up", lengths, tuple(self.alike[max(0, start - 1) : stop])
+        if key not in known:
+            known[key] = (
+                self._through(known, start, stop, lengths)
+                if lengths
+                else self._segment(start, stop)
+            )
+        return known[key]
+
+    def _through(
+        self, known: dict[Any, int], start: int, stop: int, lengths: tuple[int, ...]
+    ) -> int:
+        parts = spans(start, stop, lengths[0])
+        # Checkpoints of fewer digits are read into states of their own.
+        kept = self.footprints[stop - 1].state if self.share < 1 else 0
+        tops, feet, most = 0, sum(self._foot(a) for a, _ in parts[1:]), 0
+        for a, b in reversed(parts[1:]):  # down to the first, where all tops are known
+            most = max(most, kept + feet + tops + self._down(known, a, b, lengths[1:]))
+            tops += self._checkpoint(a - 1)
+        for a, b in parts:
+            own = self._foot(a) if self.share < 1 else 0  # else it is the state itself
+            feet -= self._foot(a) if a > start else 0
+            most = max(most, kept + feet + own + tops + self._up(known, a, b, lengths[1:]))
+            tops -= self._checkpoint(b - 1) if b < stop else 0
+        return most
+
     def _segment(self, start: int, stop: int) -> int:
-        last = self.footprints[stop - 1]
-        most = self.waiting[stop] - self.waiting[start] + self.end[stop] - self.end[start]
-        most += 3 * (last.state + last.point)  # what the walk still has in its hands
+        waiting = self.waiting[stop] - self.waiting[start]
+        most = waiting + self.end[stop] - self.end[start]
+        if most:  # what the walk still has in its hands by then
+            last = self.footprints[stop - 1]
+            most += 3 * (last.state + last.point)
         for i in range(start, stop):
             waiting = self.waiting[i] - self.waiting[start]
-            most = max(most, self.open[stop] - self.open[i] + waiting + self.footprints[i].moving)
+            opened = self.open[stop] - self.open[i]
+            most = max(most, opened + waiting + self.footprints[i].moving)
         return most
+
+    def _foot(self, start: int) -> int:
+        return self._checkpoint(start - 1) if start else 0  # the input is the batch's own
 
     def _checkpoint(self, i: int) -> int:
         return int(self.footprints[i].state * self.share)

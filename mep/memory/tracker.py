@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,21 +18,38 @@ __all__ = ["KINDS", "Usage", "label", "phase", "track"]
 PARAMETERS, STATE = "parameters", "optimizer state"
 KINDS: tuple[str, ...] = (PARAMETERS, STATE, "gradients", "states", "other")
 _LASTING = (PARAMETERS, STATE)
-_ENTER = torch.ops.profiler._record_function_enter_new.default
-_EXIT = torch.ops.profiler._record_function_exit._RecordFunction
 
 _watching: list[track] = []
-_NO_PHASE: AbstractContextManager[Any] = nullcontext()
 
 
-def phase(name: str) -> AbstractContextManager[Any]:
+class phase:
     """Names a part of a step for trackers and profilers; nothing happens while none looks on.
+
+    The innermost name counts.
+
+    Args:
+        name: such as ``"mep: settle"``.
 
     >>> with phase("mep: settle"):
     ...     pass
     """
-    watched = _watching or torch.autograd.profiler._is_profiler_enabled
-    return record_function(name) if watched else _NO_PHASE
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._record: Any = None
+
+    def __enter__(self) -> None:
+        for tracker in _watching:
+            tracker.begin(self._name)
+        if torch.autograd.profiler._is_profiler_enabled:
+            self._record = record_function(self._name)
+            self._record.__enter__()
+
+    def __exit__(self, *problem: Any) -> None:
+        for tracker in _watching:
+            tracker.end()
+        if self._record is not None:
+            self._record.__exit__(*problem)
 
 
 def label(tensor: Tensor, kind: str) -> Tensor:
@@ -113,6 +129,7 @@ class track(TorchDispatchMode):
         self._extra = 0
         self._open: list[str] = []
         self._hooks: list[Any] = []
+        self._finalizers: dict[int, weakref.finalize] = {}
 
     def __enter__(self) -> Usage:  # type: ignore[override]
         if self._model is not None:
@@ -139,6 +156,9 @@ class track(TorchDispatchMode):
         _watching.remove(self)
         for hook in self._hooks:
             hook.remove()
+        for finalizer in self._finalizers.values():
+            finalizer.detach()
+        self._model = self._optimizer = None
         if torch.cuda.is_available():
             self.usage.allocator = torch.cuda.max_memory_allocated()
 
@@ -149,14 +169,21 @@ class track(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self._see(value)
         out = func(*args, **(kwargs or {}))
-        if func is _ENTER:
-            self._open.append(args[0])
-        elif func is _EXIT and self._open:
-            self._open.pop()
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self._see(value)
         return out
+
+    def begin(self, name: str) -> None:
+        """Opens a phase; ``mep.memory.phase`` does."""
+        self._open.append(name)
+        self._note_phase()
+
+    def end(self) -> None:
+        """Closes the innermost phase."""
+        if self._open:
+            self._open.pop()
+            self._note_phase()
 
     @property
     def live(self) -> int:
@@ -174,17 +201,29 @@ class track(TorchDispatchMode):
         return self._extra
 
     def label(self, tensor: Tensor, kind: str) -> None:
-        """Moves a storage to another kind."""
-        self._see(tensor)
-        key = tensor.untyped_storage()._cdata
-        size, known = self._live[key]
+        """Moves a storage to another kind; one that has not been seen yet is counted as that kind.
+
+        What has been counted towards a peak before it was called a parameter or optimizer state
+        stays counted there.
+
+        Raises:
+            ValueError: for an unknown kind.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {KINDS}, got {kind!r}")
+        self._see(tensor, kind)
+        storage = _storage(tensor)
+        if storage is None:
+            return
+        size, known = self._live[storage._cdata]
         if known == kind:
             return
         at_peak = self._now == self.usage.peak
-        self._live[key] = size, kind
-        self._add(known, -size)
-        self._add(kind, size)
-        if at_peak:  # it was the tensor that made the peak
+        self._live[storage._cdata] = size, kind
+        self._now[known] -= size
+        self._now[kind] += size
+        self._extra = sum(n for k, n in self._now.items() if k not in _LASTING)
+        if at_peak and kind not in _LASTING:  # it was the tensor that made the peak
             self.usage.peak = dict(self._now)
 
     def _label_gradient(self, parameter: Tensor) -> None:
@@ -196,13 +235,15 @@ class track(TorchDispatchMode):
             self.label(tensor, STATE)
 
     def _see(self, tensor: Tensor, kind: str | None = None) -> None:
-        if tensor.device.type == "meta":
+        storage = _storage(tensor)
+        if storage is None:
             return
-        storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         known = self._live.get(key)
         if known is None:
-            weakref.finalize(storage, self._gone, key).atexit = False
+            # By weak references both ways: neither keeps the other alive.
+            self._finalizers[key] = weakref.finalize(storage, _gone, weakref.ref(self), key)
+            self._finalizers[key].atexit = False
             kind = kind or self._kind_of(tensor)
             self._live[key] = size, kind
             self._add(kind, size)
@@ -215,8 +256,10 @@ class track(TorchDispatchMode):
         floats = tensor.is_floating_point()
         return "states" if floats and rows is not None and rows == self._samples else "other"
 
-    def _gone(self, key: int) -> None:
+    def forget(self, key: int) -> None:
+        """Takes note that a storage has died."""
         size, kind = self._live.pop(key)
+        self._finalizers.pop(key, None)
         self._add(kind, -size)
 
     def _add(self, kind: str, size: int) -> None:
@@ -226,8 +269,28 @@ class track(TorchDispatchMode):
         self._extra += size
         if self._extra > self.usage.extra:
             self.usage.peak = dict(self._now)
-        if self._open and self._extra > self.usage.phases.get(self._open[-1], 0):
-            self.usage.phases[self._open[-1]] = self._extra
+        self._note_phase()
+
+    def _note_phase(self) -> None:
+        if self._open:
+            name = self._open[-1]
+            self.usage.phases[name] = max(self._extra, self.usage.phases.get(name, 0))
+
+
+def _gone(tracker: weakref.ref[track], key: int) -> None:
+    alive = tracker()
+    if alive is not None:
+        alive.forget(key)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Returns where a tensor's bytes lie; None if it has none (meta), or several (sparse)."""
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return None
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a wrapper around others
+        return None
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
