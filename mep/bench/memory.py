@@ -96,7 +96,7 @@ def run(config: MemoryConfig, command: str) -> Record:
         found = {"part": "memory", "depth": depth, "arm": arm}
         found |= _in_a_process(partial(_measure, config, depth, arm))
         if config.rounds and found["status"] == TRAINED:
-            timed = _in_a_process(partial(_time, config, depth, arm))["rows"]
+            timed = _time(config, depth, arm)
             rows += [{"part": "time", "depth": depth, **row} for row in timed]
             middle, low, high = spread([row["ratio"] for row in timed if row["arm"] == arm])
             found |= {"ratio": middle, "ratio_quartiles": [low, high]}
@@ -148,11 +148,11 @@ def _measure(config: MemoryConfig, depth: int, arm: str) -> dict[str, Any]:
     return found
 
 
-def _time(config: MemoryConfig, depth: int, arm: str) -> dict[str, Any]:
+def _time(config: MemoryConfig, depth: int, arm: str) -> list[dict[str, Any]]:
     shape = depth, config.width, config.batch, config.seed
     steppers = {name: Stepper(name, *shape) for name in dict.fromkeys((BACKPROP, arm))}
     arms = {name: stepper.step for name, stepper in steppers.items()}
-    return {"rows": interleave(arms, config.rounds, 2, baseline=BACKPROP)}
+    return interleave(arms, config.rounds, 2, baseline=BACKPROP)
 
 
 def _capped(config: MemoryConfig, arm: str) -> dict[str, Any]:
