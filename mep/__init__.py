@@ -1,6 +1,6 @@
 """mep: exact Equilibrium Propagation for PyTorch."""
 
-from mep import data, init, models, presets
+from mep import data, init, memory, models, presets
 from mep.blocks import Chain, TraceError, trace
 from mep.constraints import SpectralNorm
 from mep.contrast import (
@@ -57,6 +57,7 @@ __all__ = [
     "free_states",
     "init",
     "local_ep",
+    "memory",
     "models",
     "muon_backprop",
     "natural_ep",

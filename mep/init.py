@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["identity_", "looks_linear_", "orthogonal_", "scaled_residual_"]
 
@@ -185,6 +185,6 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
     return [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
-def _zero_bias(layer: nn.Linear | nn.Conv2d) -> None:
-    if layer.bias is not None:
+def _zero_bias(layer: nn.Module) -> None:
+    if isinstance(layer.bias, Tensor):
         nn.init.zeros_(layer.bias)

@@ -108,6 +108,15 @@ def test_every_option_of_train_has_an_effect(tmp_path, plain, unplotted, words, 
     assert losses(record) != losses(plain[0])
 
 
+def test_a_memory_budget_changes_the_plan_and_not_the_result(tmp_path, unplotted):
+    words = ("--model", "deep-mlp", "--depth", 8)
+    within, _ = trained(tmp_path / "within", *words, "--memory-budget", "300kB")
+    plain, _ = trained(tmp_path / "plain", *words, "--sweeps", 1)
+    assert within.config == plain.config | {"memory_budget": "300kB"}
+    # One update folds the gradient in where the other forms it: rounding, over three steps.
+    assert losses(within) == pytest.approx(losses(plain), rel=1e-5)
+
+
 def test_sweeps_bound_the_settling(tmp_path, unplotted):
     for sweeps in (1, 2):
         record, _ = trained(tmp_path / str(sweeps), "--tol", 1e-9, "--sweeps", sweeps)
@@ -266,7 +275,31 @@ def test_bench_speed(tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
 
 
+def test_bench_memory(tmp_path):
+    words = ("--depths", "12", "--budgets", "64kB", "--width", 8, "--batch", 4, "--rounds", 0)
+    record, output = record_of(tmp_path, "bench", "memory", *words, "--capped", 0)
+    assert [row["arm"] for row in record.rows][-1] == "EP within 64kB" in output
+    assert record.config["budgets"] == ["64kB"] and record.config["capped"] == 0
+    assert (tmp_path / "memory.png").read_bytes().startswith(PNG)
+
+
+def test_bench_depth(tmp_path):
+    words = ("--arms", "ep,identity", "--depths", 6, "--steps", 3, "--width", 8, "--batch", 16)
+    more = ("--seeds", "1", "--lr", 0.2, "--warmup", 1, "--memory", "1MB", "--c", 0.2)
+    record, _ = record_of(tmp_path, "bench", "depth", "digits", *words, *more)
+    chosen = {"width": 8, "batch": 16, "lr": 0.2, "warmup": 1, "memory": "1MB", "c": 0.2}
+    assert chosen.items() <= record.config.items() and record.config["seeds"] == [1]
+    assert {row["arm"] for row in record.rows} == {"ep", "identity"}
+    assert (tmp_path / "depth.png").read_bytes().startswith(PNG)
+
+
 # Mistakes
+
+
+def test_a_budget_that_is_too_small_is_a_message(tmp_path):
+    result = invoke("train", "digits", *SMALL, "--memory-budget", "1kB", "--out", tmp_path)
+    assert result.exit_code == 2 and "the least that works" in result.output
+    assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(
@@ -294,6 +327,10 @@ def test_bench_speed(tmp_path):
         (("train", "--settler", "limit", "--tol", "1"), "--tol has no effect with --settler limit"),
         (("train", "--optimizer", "backprop", "--c", "1"), "--c has no effect with --optimizer"),
         (("train", "--optimizer", "backprop", "--compare", "backprop"), "--compare has no effect"),
+        (("train", "--optimizer", "backprop", "--memory-budget", "1MB"), "--memory-budget has no"),
+        (("train", "--memory-budget", "lots"), "`memory_budget` must be a size such as '4MB'"),
+        (("bench", "depth", "digits", "--arms", "magic"), "`arms` must be some of"),
+        (("bench", "memory", "--budgets", "lots"), "`budgets` must be a size"),
         (("train", "--device", "abacus"), "--device abacus cannot be used"),
         (("diagnose", "--checkpoint", "none.pt"), "no checkpoint at none.pt"),
         (("bench", "speed", "--depths", "1"), "`depths` must be"),

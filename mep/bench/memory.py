@@ -249,7 +249,8 @@ def plot(record: Record) -> Figure:
     for k, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
         own = [row for row in rows if row["arm"] == arm]
         depths = [row["depth"] for row in own]
-        style = {"color": f"C{k % 5}", "marker": "o", "linestyle": "-" if k < 4 else "--"}
+        style: dict[str, Any] = {"color": f"C{k % 5}", "marker": "o"}
+        style["linestyle"] = "-" if k < 4 else "--"
         memory.plot(depths, [row["extra"] / MB for row in own], label=arm, **style)
         timed = [row for row in own if "ratio" in row]
         time.plot([r["depth"] for r in timed], [r["ratio"] for r in timed], label=arm, **style)

@@ -44,8 +44,8 @@ def usage() -> Iterator[None]:
 
 @contextmanager
 def running() -> Iterator[None]:
-    """The same for an unusable checkpoint; a run that fails (diverges, say) has exit code 1."""
-    with _reported((RuntimeError,), 1), _reported((CheckpointError,), 2):
+    """The same for what only the run can know; one that fails (diverges, say) has exit code 1."""
+    with _reported((RuntimeError,), 1), _reported((CheckpointError, ValueError), 2):
         yield
 
 

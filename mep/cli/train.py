@@ -37,6 +37,10 @@ def train(
     stencil: options.Stencil = None,
     beta: options.Beta = None,
     c: options.C = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(help="What an EP step may take besides parameters and momentum, as 4MB."),
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the data.", show_default="by data set")
     ] = None,
@@ -72,13 +76,17 @@ def train(
         choices.prepare(out, device)
         data = choices.load(dataset, data_dir, max_samples)
         make_model, sizes = choices.network(model, data, depth)
+        if optimizer == "backprop":
+            choices.refuse({"memory_budget": memory_budget}, "--optimizer backprop")
+        if memory_budget is not None and settler is None and sweeps is None:
+            sweeps = 1  # the only sweep there is within a budget
         way = _way(optimizer, settler, sweeps, settle_steps, tol, stencil, beta, c)
         rule = _given(dataset, lr=lr, momentum=momentum, weight_decay=weight_decay)
         course = {**_given(dataset, epochs=epochs, batch_size=batch_size), "schedule": schedule}
         run = contest.Contest(
             data=data,
             model=make_model,
-            arms=_arms(way, compare, rule, deep="depth" in sizes),
+            arms=_arms(way, memory_budget, compare, rule, deep="depth" in sizes),
             training=TrainingConfig(**course),
             seeds=choices.integers("--seeds", seeds),
             config={
@@ -87,6 +95,7 @@ def train(
                 "optimizer": optimizer,
                 "compare": compare,
                 **(way.config if way else {}),
+                **({"memory_budget": memory_budget} if memory_budget else {}),
                 **rule,
                 "depth_scale": "depth" in sizes,  # lr / depth for the hidden layers, in both arms
                 **course,
@@ -123,9 +132,16 @@ def _given(dataset: str, **options_: Any) -> dict[str, Any]:
 
 
 def _arms(
-    way: choices.Estimator | None, compare: str | None, rule: dict[str, float], deep: bool
+    way: choices.Estimator | None,
+    memory_budget: str | None,
+    compare: str | None,
+    rule: dict[str, float],
+    deep: bool,
 ) -> dict[str, Callable[[nn.Module], mep.EPOptimizer]]:
-    arms = {} if way is None else {way.label: partial(_optimizer, way.arguments, rule, deep)}
+    arms = {}
+    if way is not None:
+        arguments = {**way.arguments, "memory_budget": memory_budget}
+        arms[way.label] = partial(_optimizer, arguments, rule, deep)
     if compare is not None:
         choices.pick("--compare", compare, (contest.BACKPROP,))
         if way is None:
