@@ -383,6 +383,21 @@ def test_a_budget_survives_saving_and_copies(planned, tmp_path):
     assert identical(weights(model), weights(copied.model))
 
 
+def test_a_changed_model_gets_a_new_plan():
+    model = deep(40)
+    opt = mep.EPOptimizer(model.parameters(), model=model, memory_budget="4MB")
+    x, y = torch.randn(16, 16), torch.zeros(16, dtype=torch.long)
+    opt.step(x=x, target=y)
+    first = opt.plan
+    copied = pickle.loads(pickle.dumps(opt))
+    assert copied.plan is None
+    copied.step(x=x, target=y)
+    assert copied.plan == first
+    model[2] = nn.Tanh()
+    opt.step(x=x, target=y)
+    assert opt.plan is not first
+
+
 def test_frozen_and_foreign_parameters_stay(planned):
     planned(1)
     model = network()

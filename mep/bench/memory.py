@@ -184,7 +184,7 @@ def _capped(config: MemoryConfig, arm: str) -> dict[str, Any]:
 
 def _start_up(arm: str) -> None:
     """Takes a step on a tiny net: the code that it brings into memory is no net's fault."""
-    small = Stepper(arm.split(" within")[0], 3, 8, 2, 0)
+    small = Stepper(f"{STREAMED} 1MB" if arm.startswith(STREAMED) else arm, 3, 8, 2, 0)
     for _ in range(2):
         small.step()
 

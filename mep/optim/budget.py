@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,9 @@ class Budget:
         self.plan: Plan | None = None
         self._planned_for: tuple | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "plan": None, "_planned_for": None}  # a copy's chain is its own
+
     def contrast(
         self,
         model: nn.Module,
@@ -76,8 +80,8 @@ class Budget:
         )  # fmt: skip
 
     def _plan(self, chain: Chain, x: Tensor, target: Tensor, updates: BlockUpdates) -> Plan:
-        modes = tuple(m.training for block in chain for top in block.modules for m in top.modules())
-        wanted = id(chain), x.shape, x.dtype, target.shape, target.dtype, modes
+        # Whatever changes a model makes a new chain of it.
+        wanted = weakref.ref(chain), x.shape, x.dtype, target.shape, target.dtype
         if self.plan is None or self._planned_for != wanted:
             found = footprints(chain, x, updates.measure)
             dtype = chain.parameter.dtype
