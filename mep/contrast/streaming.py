@@ -252,6 +252,7 @@ class _Climb:
             else:
                 inner, inner_marks = self.walk.cut(level + 1, part, mark)
                 inner_tops = self.walk.tops(level + 1, inner, inner_marks, e)
+                del mark, e  # or they would be kept until the span is done
                 self.rise(level + 1, inner, inner_marks, inner_tops)
 
     def _segment(self, span: Span, mark: Mark, e: Tensor) -> None:

@@ -248,10 +248,14 @@ class _Costs:
             most = max(most, kept + feet + tops + self._down(known, a, b, lengths[1:]))
             tops += self._checkpoint(a - 1)
         for a, b in parts:
-            own = self._foot(a) if self.share < 1 else 0  # else it is the state itself
             feet -= self._foot(a) if a > start else 0
-            most = max(most, kept + feet + own + tops + self._up(known, a, b, lengths[1:]))
-            tops -= self._checkpoint(b - 1) if b < stop else 0
+            top = self._checkpoint(b - 1) if b < stop else 0
+            tops -= top
+            # A segment's foot and top are read into states of their own, if they must be.
+            own = self._foot(a) if self.share < 1 and len(lengths) == 1 else 0
+            read = self.footprints[b - 1].state if b < stop and len(lengths) == 1 else 0
+            held = own + (read if self.share < 1 else top)
+            most = max(most, kept + feet + tops + held + self._up(known, a, b, lengths[1:]))
         return most
 
     def _segment(self, start: int, stop: int) -> int:
@@ -262,6 +266,8 @@ class _Costs:
             most += 3 * (last.state + last.point)
         for i in range(start, stop):
             waiting = self.waiting[i] - self.waiting[start]
+            if i > start and self.footprints[i - 1].update.signals:
+                waiting -= self.footprints[i - 1].state  # the error below, which is open anyway
             opened = self.open[stop] - self.open[i]
             most = max(most, opened + waiting + self.footprints[i].moving)
         return most

@@ -137,7 +137,7 @@ class track(TorchDispatchMode):
                 self._see(parameter, PARAMETERS)
                 if parameter.grad is not None:
                     self._see(parameter.grad, "gradients")
-                if parameter.is_leaf and parameter.requires_grad:
+                if parameter.is_leaf and parameter.requires_grad and _storage(parameter):
                     hook = parameter.register_post_accumulate_grad_hook(self._label_gradient)
                     self._hooks.append(hook)
             for buffer in self._model.buffers():
@@ -285,11 +285,11 @@ def _gone(tracker: weakref.ref[track], key: int) -> None:
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
     """Returns where a tensor's bytes lie; None if it has none (meta), or several (sparse)."""
-    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.is_nested:
         return None
     try:
         return tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # a wrapper around others
+    except (NotImplementedError, RuntimeError, ValueError):  # a wrapper, or not there yet
         return None
 
 

@@ -77,7 +77,8 @@ class EPOptimizer(torch.optim.Optimizer):
             tolerance is known only afterwards and halves the nudge of the next step.
         memory_budget: bytes, or ``"4MB"`` (2^20 each): what a step may take besides parameters and
             the rule's state. The same update as ``blockwise=True``, segment by segment, with what
-            lies between checkpoints computed again; ``mep.Sweep(1)`` by default.
+            lies between checkpoints computed again; ``mep.Sweep(1)`` by default. The plan is made
+            by a first step of each shape, which also measures, on copies of one block at a time.
         state_dtype: of its checkpoints, such as ``torch.bfloat16``; the states' own by default.
         max_skipped: after more updates than this skipped in a row, because settling diverged,
             ``step`` raises. >= 0.
@@ -253,8 +254,7 @@ class EPOptimizer(torch.optim.Optimizer):
             )
         if self.model is None:
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
-        # Other solvers take many steps and keep the last: what they leave is better freed.
-        # A budget counts what is kept between steps, too.
+        # Other solvers take many steps: what they leave is better freed. A budget counts it, too.
         few = isinstance(self.how.settler, (Sweep, Limit)) and self._budget is None
         with torch.no_grad(), self._buffers.lend() if few else nullcontext():
             if self.blockwise:
@@ -270,8 +270,8 @@ class EPOptimizer(torch.optim.Optimizer):
     def _step_on_grad(self, closure: Callable[[], Any] | None) -> Any:
         if self._budget is not None:
             raise ValueError(
-                "`memory_budget` and `.grad` exclude each other: gradients that are kept take as "
-                "much as the parameters. Take steps by step(x=..., target=...)"
+                "`memory_budget` and `.grad` exclude each other: gradients that are kept take more "
+                "than that. Take steps by step(x=..., target=...)"
             )
         self._updating.check_grad()
         loss = None
