@@ -12,10 +12,20 @@ CONFIG = bench.MemoryConfig((20, 60), ("64kB",), width=16, batch=8, rounds=1, ca
 
 
 @pytest.fixture(scope="module")
-def record():
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("memory")
+
+
+@pytest.fixture(scope="module")
+def record(out):
     with pytest.MonkeyPatch.context() as patch:  # processes of their own are for resident sets
         patch.setattr(bench, "_in_a_process", lambda work: work())
-        return bench.run(CONFIG, "mep bench memory")
+        return bench.run(CONFIG, out, "mep bench memory")
+
+
+def test_finished_parts_are_not_done_again(record, out, monkeypatch):
+    monkeypatch.setattr(bench, "_in_a_process", None)
+    assert bench.run(CONFIG, out, "mep bench memory").rows == record.rows
 
 
 def test_every_arm_is_measured_at_every_depth(record, tmp_path):

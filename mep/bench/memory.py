@@ -22,6 +22,7 @@ from mep.bench.stepping import BACKPROP, CHECKPOINTED, IN_BACKWARD, PLAIN, STREA
 from mep.bench.table import Table, number
 from mep.bench.timing import interleave, spread
 from mep.memory import label, parse, show, track
+from mep.training import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,11 +80,14 @@ class MemoryConfig:
         return [BACKPROP, CHECKPOINTED, IN_BACKWARD, PLAIN, *streamed]
 
 
-def run(config: MemoryConfig, command: str) -> Record:
+def run(config: MemoryConfig, out: str | Path, command: str) -> Record:
     """Measure every arm at every depth, each in a fresh process, then time it beside backprop.
+
+    Finished parts are kept in ``out`` and not done again.
 
     Args:
         config: what is measured.
+        out: folder for the parts.
         command: the command line, for the record.
 
     Returns:
@@ -93,20 +97,48 @@ def run(config: MemoryConfig, command: str) -> Record:
     cases = [(depth, arm) for depth in config.depths for arm in config.arms]
     rows: list[dict[str, Any]] = []
     for depth, arm in progress(cases, "memory", transient=True):
-        found = {"part": "memory", "depth": depth, "arm": arm}
-        found |= _in_a_process(partial(_measure, config, depth, arm))
-        if config.rounds and found["status"] == TRAINED:
-            timed = _time(config, depth, arm)
-            rows += [{"part": "time", "depth": depth, **row} for row in timed]
-            middle, low, high = spread([row["ratio"] for row in timed if row["arm"] == arm])
-            found |= {"ratio": middle, "ratio_quartiles": [low, high]}
-        rows.append(found)
-    if config.capped:
-        for arm in progress(config.arms, "limited memory", transient=True):
-            found = _in_a_process(partial(_capped, config, arm))
-            rows.append({"part": "capped", "depth": config.capped, "arm": arm, **found})
+        rows += _part(config, Path(out), depth, arm, _one)
+    for arm in progress(config.arms if config.capped else [], "limited memory", transient=True):
+        rows += _part(config, Path(out), config.capped, arm, _limited)
     summary = {part: [r for r in rows if r["part"] == part] for part in ("memory", "capped")}
     return Record(command, asdict(config), rows, summary)
+
+
+def _part(
+    config: MemoryConfig,
+    out: Path,
+    depth: int,
+    arm: str,
+    work: Callable[[MemoryConfig, int, str], list[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Returns the rows of one piece of work, done now or before."""
+    lists = ("depths", "budgets", "capped")
+    shared = {key: value for key, value in asdict(config).items() if key not in lists}
+    path = out / f"part{work.__name__}-{arm.replace(', ', '-').replace(' ', '-')}-{depth}.pt"
+    if path.exists():
+        known = torch.load(path, weights_only=True)
+        if known["config"] == shared:
+            return known["rows"]
+    rows = work(config, depth, arm)
+    atomic_write(path, partial(torch.save, {"config": shared, "rows": rows}))
+    return rows
+
+
+def _one(config: MemoryConfig, depth: int, arm: str) -> list[dict[str, Any]]:
+    found = {"part": "memory", "depth": depth, "arm": arm}
+    found |= _in_a_process(partial(_measure, config, depth, arm))
+    rows: list[dict[str, Any]] = [found]
+    if config.rounds and found["status"] == TRAINED:
+        timed = _time(config, depth, arm)
+        rows += [{"part": "time", "depth": depth, **row} for row in timed]
+        middle, low, high = spread([row["ratio"] for row in timed if row["arm"] == arm])
+        found |= {"ratio": middle, "ratio_quartiles": [low, high]}
+    return rows
+
+
+def _limited(config: MemoryConfig, depth: int, arm: str) -> list[dict[str, Any]]:
+    found = _in_a_process(partial(_capped, config, arm))
+    return [{"part": "capped", "depth": depth, "arm": arm, **found}]
 
 
 def _in_a_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

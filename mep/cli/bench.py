@@ -167,7 +167,7 @@ def memory(
             capped, spare, seed,
         )  # fmt: skip
     with choices.running():
-        record = memory_benchmark.run(config, choices.command_line(context))
+        record = memory_benchmark.run(config, out, choices.command_line(context))
     choices.show(memory_benchmark, record, out, "memory.png")
 
 
