@@ -6,6 +6,7 @@ import multiprocessing
 import resource
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryConfig", "plot", "run", "table"]
 
 MB = 2**20
-TRAINED = "trained"
+TRAINED, OUT = "trained", "out of memory"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,10 @@ def _one(config: MemoryConfig, depth: int, arm: str) -> list[dict[str, Any]]:
 
 
 def _limited(config: MemoryConfig, depth: int, arm: str) -> list[dict[str, Any]]:
-    found = _in_a_process(partial(_capped, config, arm))
+    try:
+        found = _in_a_process(partial(_capped, config, arm))
+    except (MemoryError, BrokenProcessPool):  # no memory even to say so
+        found = {"status": OUT}
     return [{"part": "capped", "depth": depth, "arm": arm, **found}]
 
 
@@ -196,22 +200,25 @@ def _capped(config: MemoryConfig, arm: str) -> dict[str, Any]:
     small, smaller = (Stepper(BACKPROP, n, config.width, 1, config.seed).lasting for n in (4, 3))
     lasting = smaller + (config.capped - 3) * (small - smaller)
     limit = started + lasting + parse(config.spare, "spare")
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    steps = 0
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    steps, status = 0, TRAINED
     try:
         one = Stepper(arm, config.capped, config.width, config.batch, config.seed)
         for _ in range(3):
             one.step()
             steps += 1
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except MemoryError:
+        status = OUT
+    except ValueError:
+        status = "refused"
+    except RuntimeError as error:
+        if "memory" not in str(error):
             raise
-        return {"status": "out of memory", "steps": steps, "limit": limit}
-    except ValueError as error:
-        return {"status": "refused", "why": str(error)}
-    used = _resident("VmData")
-    over = used - started - one.lasting if used else None
-    return {"status": TRAINED, "steps": steps, "limit": limit, "over": over}
+        status = OUT
+    finally:  # what is told needs memory, too
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, hard))
+    return {"status": status, "steps": steps, "limit": limit, "used": _resident("VmData")}
 
 
 def _start_up(arm: str) -> None:
