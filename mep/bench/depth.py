@@ -307,9 +307,8 @@ def plot(record: Record) -> Figure:
     for k, depth in enumerate(record.config["depths"]):
         for arm in record.config["arms"]:
             own = [r for r in record.rows if (r["arm"], r["depth"]) == (arm, depth)]
-            own = [
-                r for r in own if r["step"] < record.config["steps"]
-            ]  # the end is on all samples
+            # The last look is at all of the samples.
+            own = [r for r in own if r["step"] < record.config["steps"]]
             steps = sorted({r["step"] for r in own})
             reached = [100 * mean(r["accuracy"] for r in own if r["step"] == s) for s in steps]
             name = f"{_NAMES[arm]}, {depth} layers"
