@@ -1,7 +1,12 @@
 """A small net, a learnable batch and what the optimizer tests ask of them."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import nn
+
+import mep
 
 # float64 rounding of 50 steps in a differently fused order of the same sums.
 SAME_RULE = 1e-10
@@ -43,3 +48,20 @@ def distance(a, b):
 def backward(model, batch):
     model.zero_grad()
     nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+
+
+@contextmanager
+def killed_at_step(count):
+    """Every optimizer step counts; the given one is where the process dies."""
+    step, taken = mep.EPOptimizer.step, []
+
+    def dying(self, *args, **batch):
+        taken.append(1)
+        if len(taken) == count:
+            raise KeyboardInterrupt
+        return step(self, *args, **batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mep.EPOptimizer, "step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_training import distance, identical, weights
+from small_training import distance, identical, killed_at_step, weights
 from torch import nn
 
 import mep
@@ -63,18 +63,8 @@ def test_killed_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, arm):
     monkeypatch.setattr(deep, "_SAVE", 0)  # after every step
     config = replace(CONFIG, arms=(arm,), seeds=(0,))
     whole = bench.run(config, data, tmp_path / "whole", "mep bench depth")
-    step, taken = mep.EPOptimizer.step, []
-
-    def dying(self, *args, **batch):
-        taken.append(1)
-        if len(taken) == 5:
-            raise KeyboardInterrupt
-        return step(self, *args, **batch)
-
-    monkeypatch.setattr(mep.EPOptimizer, "step", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at_step(5):
         bench.run(config, data, tmp_path / "killed", "mep bench depth")
-    monkeypatch.setattr(mep.EPOptimizer, "step", step)
     resumed = bench.run(config, data, tmp_path / "killed", "mep bench depth")
     for one, other in zip(whole.rows, resumed.rows, strict=True):
         assert {**one, "ms": 0} == {**other, "ms": 0}

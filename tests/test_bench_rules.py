@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_training import killed_at_step
 
 import mep
 from mep.bench import deep, publish
@@ -71,18 +72,8 @@ def test_presets_resume_where_they_were_killed(tmp_path, data, monkeypatch):
     config = presets_bench.PresetsConfig("smep_fast", (2, 4), steps=6, width=8, batch=32)
     whole = presets_bench.run(config, data, tmp_path / "whole", "mep bench presets")
 
-    step, taken = mep.EPOptimizer.step, []
-
-    def dying(self, *args, **batch):
-        taken.append(1)
-        if len(taken) == 4:
-            raise KeyboardInterrupt
-        return step(self, *args, **batch)
-
-    monkeypatch.setattr(mep.EPOptimizer, "step", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at_step(4):
         presets_bench.run(config, data, tmp_path / "killed", "mep bench presets")
-    monkeypatch.setattr(mep.EPOptimizer, "step", step)
     resumed = presets_bench.run(config, data, tmp_path / "killed", "mep bench presets")
     for one, other in zip(whole.rows, resumed.rows, strict=True):
         assert {**one, "ms": 0} == {**other, "ms": 0}

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from dataclasses import replace
 
 import pytest
 import torch
@@ -448,4 +447,4 @@ def test_walk_is_a_reference_free_of_levels():
     x, _ = batch_of()
     output, marks = walk.free(x)
     torch.testing.assert_close(output, model(x))
-    assert len(marks) == 1 and replace(Plan(1, 3, (100,), 1), peak=2).levels == 1
+    assert len(marks) == 1 and marks[0].state is x
