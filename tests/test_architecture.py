@@ -11,10 +11,11 @@ LONGEST = 400
 # What each part may import of the package, besides itself. Arrows point one way:
 # blocks <- energies <- contrast <- optim <- presets <- training <- bench <- cli
 CORE = ["curvature", "memory", "blocks", "settling", "energies", "contrast"]
-INDEPENDENT = ["updates", "constraints", "curvature", "continual", "memory", "data"]
+INDEPENDENT = ["updates", "constraints", "curvature", "continual", "memory", "data", "kernels"]
 ALLOWED = {
     "curvature": [],
-    "blocks": ["curvature"],
+    "kernels": [],
+    "blocks": ["curvature", "kernels"],
     "settling": [],
     "energies": ["blocks", "settling"],
     "contrast": ["curvature", "memory", "blocks", "settling", "energies"],

@@ -605,9 +605,6 @@ FULL, HALF = None, torch.bfloat16
 STEPS = [(net, dtype, how) for net in [*NETS][:-1] for dtype in (FULL, HALF) for how in (1, 2, 3)]
 STEPS += [("waves", FULL, (16, 4))]
 
-# The way down counts states at foot and top twice, and the nudged sweep's work.
-LOOSE = {("grows", HALF, 1), ("shrinks", FULL, 3)}
-
 
 @pytest.mark.parametrize(("net", "dtype", "how"), STEPS)
 def test_no_step_takes_more_than_predicted(net, dtype, how):
@@ -618,7 +615,7 @@ def test_no_step_takes_more_than_predicted(net, dtype, how):
 @pytest.mark.parametrize(("net", "dtype", "how"), STEPS)
 def test_no_step_takes_much_less_than_predicted(net, dtype, how):
     measured, predicted = measured_and_predicted(net, dtype, how)
-    assert measured >= (0.88 if (net, dtype, how) in LOOSE else 0.93) * predicted
+    assert measured >= 0.93 * predicted
 
 
 LEAST = [("every third", FULL), ("every third", HALF), ("grows", HALF)]

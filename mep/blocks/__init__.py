@@ -4,15 +4,20 @@ from mep.blocks.block import Block, sample_norm
 from mep.blocks.buffers import Buffers, give
 from mep.blocks.chain import Chain, TraceError, trace
 from mep.blocks.randomness import random_state, replayed
+from mep.blocks.rows import rows
+from mep.blocks.run import Feedback, product
 
 __all__ = [
     "Block",
     "Buffers",
     "Chain",
+    "Feedback",
     "TraceError",
     "give",
+    "product",
     "random_state",
     "replayed",
+    "rows",
     "sample_norm",
     "trace",
 ]

@@ -37,6 +37,27 @@ class Block(ABC):
     def predict(self, s: Tensor) -> tuple[Tensor, Any]:
         """Returns ``f(s)`` and the point at ``s``."""
 
+    def predict_checked(self, s: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+        """Returns the same; ``x`` is the input of the chain, for messages.
+
+        Raises:
+            ValueError: if the block cannot take its input; the message names it.
+        """
+        try:
+            out, point = self.predict(s)
+            if out.shape[:1] != x.shape[:1]:
+                raise ValueError(f"the batch must stay the first dimension, got {tuple(out.shape)}")
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            if "allocate memory" in str(error):  # on CPU no error of a kind of its own
+                raise
+            raise ValueError(
+                f"`x` of shape {tuple(x.shape)} does not fit the model: block `{self.name}` "
+                f"({self.describe()}) was given shape {tuple(s.shape)} and said: {error}"
+            ) from error
+        return out, point
+
     @abstractmethod
     def product(self, point: Any, e: Tensor) -> Tensor:
         """Returns the part of ``J^T e`` that does not depend on the state (``W^T e``)."""

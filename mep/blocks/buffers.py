@@ -14,7 +14,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["Buffers", "Shelf", "give", "shelf", "take"]
+__all__ = ["Buffers", "Shelf", "give", "lending", "shelf", "take"]
 
 
 class Shelf:
@@ -24,6 +24,7 @@ class Shelf:
         self._kind = shape, dtype, device
         self._own: dict[int, Tensor] = {}
         self._idle: list[Tensor] = []
+        self._rows: dict[int, list[Tensor]] = {}
         self.asked = False
 
     def take(self) -> Tensor | None:
@@ -32,6 +33,23 @@ class Shelf:
         It comes back by ``give``, or at the end of the step.
         """
         return self._idle.pop() if self._idle else self._make()
+
+    def lend(self) -> Tensor:
+        """Returns a tensor to write into, where ``lending()`` says that there is one."""
+        tensor = self.take()
+        assert tensor is not None, "asked outside Buffers.lend()"
+        return tensor
+
+    def lend_rows(self) -> list[Tensor]:
+        """Returns the rows of such a tensor, a list that is not to be changed."""
+        return self.split(self.lend())
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Returns the rows of a tensor from here, a list that is not to be changed."""
+        known = self._rows.get(id(tensor))
+        if known is None:
+            known = self._rows[id(tensor)] = [*tensor.unbind()]
+        return known
 
     def give(self, tensor: Tensor) -> None:
         """Takes a tensor back, once; one that is not from here is none of its business."""
@@ -92,6 +110,11 @@ class NoShelf(Shelf):
 
 _NO_SHELF = NoShelf()
 _active: ContextVar[Buffers | None] = ContextVar("active buffers", default=None)
+
+
+def lending() -> bool:
+    """Returns whether there are buffers: True inside ``Buffers.lend()``."""
+    return _active.get() is not None
 
 
 def shelf(like: Tensor, shape: tuple[int, ...] | None = None) -> Shelf:

@@ -15,6 +15,7 @@ from mep.blocks.layers import layer_of
 from mep.blocks.local import LocalBlock
 from mep.blocks.operations import operation_of
 from mep.blocks.pieces import Piece, pieces_of
+from mep.blocks.run import runs_of
 
 __all__ = ["Chain", "TraceError", "trace"]
 
@@ -37,10 +38,12 @@ class Chain:
 
     Attributes:
         blocks: the blocks, from input to output. They share the model's modules and parameters.
+        runs: the same blocks, those together that are taken together.
     """
 
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks = blocks
+        self.runs = runs_of(blocks)
         modules = (m for block in blocks for root in block.modules for m in root.modules())
         # Where a parameter is looked up: a step asks for one, and walking there takes longer.
         known = ((m._parameters, name, p) for m in modules for name, p in m._parameters.items())
@@ -72,32 +75,12 @@ class Chain:
             ValueError: if a block cannot take its input; the message names the block.
         """
         states, points, s = [], [], x
-        for block in self.blocks:
-            s, point = self.predict(block, s, x)
-            states.append(s)
-            points.append(point)
+        for run in self.runs:
+            above, at = run.free(s, x)
+            s = above[-1]
+            states += above
+            points += at
         return states, points
-
-    def predict(self, block: Block, s: Tensor, x: Tensor) -> tuple[Tensor, Any]:
-        """Returns a block's prediction and point; ``x`` is the input of the chain, for messages.
-
-        Raises:
-            ValueError: if the block cannot take its input; the message names it.
-        """
-        try:
-            out, point = block.predict(s)
-            if out.shape[:1] != x.shape[:1]:
-                raise ValueError(f"the batch must stay the first dimension, got {tuple(out.shape)}")
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError, ValueError) as error:
-            if "allocate memory" in str(error):  # on CPU no error of a kind of its own
-                raise
-            raise ValueError(
-                f"`x` of shape {tuple(x.shape)} does not fit the model: block `{block.name}` "
-                f"({block.describe()}) was given shape {tuple(s.shape)} and said: {error}"
-            ) from error
-        return out, point
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yields every parameter of the chain once."""

@@ -9,19 +9,32 @@ from torch import Tensor, nn
 
 from mep.blocks.buffers import Shelf, shelf
 from mep.blocks.closed import ClosedBlock, Point
+from mep.blocks.elementwise import Elementwise, elementwise_of
 from mep.blocks.layers import Layer, Linear
 from mep.blocks.operations import Operation, Pointwise
 
-__all__ = ["DenseBlock"]
+__all__ = ["DenseBlock", "DensePoint"]
 
 
 class DensePoint(Point):
-    """A point that knows where tensors like its input and like its prediction are kept."""
+    """A point that knows its arithmetic, and where tensors like its input and prediction are."""
 
-    def __init__(self, s: Tensor, y: Tensor, inputs: Shelf, outputs: Shelf) -> None:
+    def __init__(
+        self, s: Tensor, y: Tensor, between: Elementwise, inputs: Shelf, outputs: Shelf
+    ) -> None:
         self.values, self.memos = [s, y], [None]
+        self.between = between
         self.inputs = inputs
         self.outputs = outputs
+
+    def moved(self, y: Tensor) -> DensePoint:
+        """Returns the point at a displaced state, whose activity is ``y``."""
+        return DensePoint(self.values[0], y, self.between, self.inputs, self.outputs)
+
+    def room(self) -> Tensor:
+        """Returns a tensor like the input, to write into."""
+        kept = self.inputs.take()
+        return torch.empty_like(self.values[0]) if kept is None else kept
 
 
 class DenseBlock(ClosedBlock):
@@ -40,6 +53,38 @@ class DenseBlock(ClosedBlock):
         assert isinstance(lead, Pointwise)
         self.activation = lead.activation
         self._of_layer: dict[str, Any] = layer.module._parameters
+        self._transpose: Tensor | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight as it is now."""
+        return self._of_layer["weight"]
+
+    @property
+    def transpose(self) -> Tensor:
+        """The weight's transpose: a view that is kept, for a new one costs as much as an addition.
+
+        While it is kept, its memory is nobody else's, so that the address tells whose it is.
+        """
+        weight, kept = self._of_layer["weight"], self._transpose
+        if kept is None or kept.data_ptr() != weight.data_ptr():
+            kept = self._transpose = weight.detach().t()
+        return kept
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias as it is now, if there is one."""
+        return self._of_layer["bias"]
+
+    @property
+    def width(self) -> int:
+        """Number of inputs."""
+        return self._of_layer["weight"].shape[1]
+
+    @property
+    def height(self) -> int:
+        """Number of outputs."""
+        return self._of_layer["weight"].shape[0]
 
     @staticmethod
     def fits(operations: list[Operation], layer: Layer) -> bool:
@@ -50,27 +95,27 @@ class DenseBlock(ClosedBlock):
         return isinstance(lead, Pointwise) and lead.activation.writes and not lead.reads_input
 
     def predict(self, s: Tensor) -> tuple[Tensor, Point]:
-        if s.dim() != 2:
+        if s.dim() != 2 or not s.is_contiguous() or torch.is_grad_enabled():
             return super().predict(s)
-        weight, bias = self._of_layer["weight"], self._of_layer["bias"]
-        inputs, outputs = shelf(s), shelf(s, (s.shape[0], weight.shape[0]))
+        inputs, outputs = shelf(s), shelf(s, (s.shape[0], self.height))
         y = self.activation.value(s, out=inputs.take())
-        if bias is None:
-            f = torch.mm(y, weight.t(), out=outputs.take())
-        else:
-            f = torch.addmm(bias, y, weight.t(), out=outputs.take())
-        return f, DensePoint(s, y, inputs, outputs)
+        point = DensePoint(s, y, elementwise_of(self.activation, s), inputs, outputs)
+        if self.bias is None:
+            return torch.mm(y, self.transpose, out=outputs.take()), point
+        return torch.addmm(self.bias, y, self.transpose, out=outputs.take()), point
 
     def product(self, point: Point, e: Tensor) -> Tensor:
         if not isinstance(point, DensePoint):
             return super().product(point, e)
-        return torch.mm(e, self._of_layer["weight"], out=point.inputs.take())
+        return torch.mm(e, self.weight, out=point.inputs.take())
 
     def pull(self, point: Point, product: Tensor) -> Tensor:
         if not isinstance(point, DensePoint):
             return super().pull(point, product)
+        e = point.room()
         s, y = point.values
-        return self.activation.pull(s, y, product, out=point.inputs.take())
+        point.between.pull(s, y, product, e)
+        return e
 
     def difference(self, point: Point, d: Tensor) -> tuple[Tensor, Point]:
         if not isinstance(point, DensePoint):
@@ -79,18 +124,19 @@ class DenseBlock(ClosedBlock):
         s_new, y_new, room = inputs.take(), inputs.take(), inputs.take()
         s_new = torch.add(s, d, out=s_new)
         change, y_new = self.activation.move(s, y, d, s_new, room=(room, y_new, s_new))
-        delta = torch.mm(change, self._of_layer["weight"].t(), out=outputs.take())
+        delta = torch.mm(change, self.transpose, out=outputs.take())
         inputs.give(s_new)
         inputs.give(change)
-        return delta, DensePoint(s, y_new, inputs, outputs)
+        return delta, point.moved(y_new)
 
     def advance(
         self, point: Point, d: Tensor, product: Tensor, e: Tensor
     ) -> tuple[Tensor, Point, Tensor]:
-        if not isinstance(point, DensePoint):
+        if not isinstance(point, DensePoint) or not d.is_contiguous():
             return super().advance(point, d, product, e)
-        delta, moved = self.difference(point, d)
-        force = self.pull(moved, product).sub_(e)
-        norm = torch.linalg.vector_norm(force, dim=1)
-        point.inputs.give(force)
-        return delta, moved, norm
+        (s, y), change, y_new = point.values, point.room(), point.room()
+        norm = torch.empty_like(d[:, 0])
+        point.between.nudge(s, y, d, product, e, change, y_new, norm)
+        delta = torch.mm(change, self.transpose, out=point.outputs.take())
+        point.inputs.give(change)
+        return delta, point.moved(y_new), norm

@@ -157,8 +157,9 @@ def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0)
         for settled, (b, node_weight) in zip(phases, nodes, strict=True):
             at = settled.configuration
             scale = -node_weight * b * weight / batch  # errors come per unit of beta
-            for block, point, e in zip(free.chain, at.points, at.local_errors(), strict=True):
-                for signal in block.signals(point, e, scale):
+            errors = at.local_errors()
+            for run in free.chain.runs:
+                for signal in run.signals(at.points[run.span], errors[run.span], scale):
                     sink(signal)
     return found
 

@@ -69,11 +69,11 @@ def _measured(
     with tracker:
         for known in (s, *block.parameters()):
             tracker.label(known, "parameters")
-        f, point = chain.predict(block, s, x)
+        f, point = block.predict_checked(s, x)
         kept, work = tracker.live, tracker.most - tracker.live
         state = f.nbytes if kept else 0
         e = torch.zeros_like(f)
-        product = 0
+        product, pull = 0, work
         if s is not x:  # the first is neither pulled through nor advanced
             d, below = torch.zeros_like(s), torch.zeros_like(s)
             before = tracker.reset()
@@ -81,10 +81,11 @@ def _measured(
             product = tracker.live - before
             block.pull(point, down)
             work = max(work, tracker.most - before - product)
+            pull = work
             before = tracker.reset()
             block.advance(point, d, down, below)
             work = max(work, tracker.most - before + d.nbytes)
         update = measure(tracker, block, lambda: list(block.signals(point, e, 1.0)))
     norms = 2 * (len(x) + 1) * f.element_size()  # as a list, and stacked
-    footprint = Footprint(state, max(0, kept - state), product, work, norms, update)
+    footprint = Footprint(state, max(0, kept - state), product, work, norms, update, pull)
     return footprint, torch.zeros_like(f)

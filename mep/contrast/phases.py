@@ -10,13 +10,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import Chain, trace
+from mep.blocks import Chain, rows, trace
 from mep.contrast.settings import Settings
 from mep.energies import FreePhase
 from mep.memory import phase
 from mep.settling import TRANSPOSE
 
 __all__ = ["all_finite", "chain_of", "check_input", "free_phase"]
+
+# From so many tensors on, finding those that lie in a row takes less time than it saves.
+_MANY = 16
 
 _chains: WeakKeyDictionary[nn.Module, dict[str, tuple[list[_Seen], Chain]]]
 _chains = WeakKeyDictionary()
@@ -29,19 +32,24 @@ class _Seen:
         self.state = vars(module)
         plain = [name for name, v in self.state.items() if _is_plain(v)]
         self.read = itemgetter("training", *plain)
-        self.numbers, self.parts = self.read(self.state), self._parts()
+        self.numbers, self.size = self.read(self.state), len(self.state)
+        self.hooks = self._hooks()
+        self.children = [*self.state["_modules"].values()]
 
-    def _parts(self) -> tuple:
-        state = self.state
-        hooks = len(state), len(state["_forward_hooks"]), len(state["_forward_pre_hooks"])
-        return hooks, [*state["_modules"].values()]
+    def _hooks(self) -> tuple[int, int]:
+        return len(self.state["_forward_hooks"]), len(self.state["_forward_pre_hooks"])
 
     def unchanged(self) -> bool:
         """True if the module is as it was."""
+        state = self.state
         try:
-            return self.read(self.state) == self.numbers and self._parts() == self.parts
+            same = len(state) == self.size and self.read(state) == self.numbers
+            modules = state["_modules"]
         except KeyError:  # an attribute is gone
             return False
+        # Most modules have no children, and a list takes time.
+        parts = [*modules.values()] if modules else []
+        return same and self._hooks() == self.hooks and parts == self.children
 
 
 def _is_plain(value: object) -> bool:
@@ -131,7 +139,8 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     A sum of squares is finite only if all its terms are, and takes a tenth of the time of a look
     at every value; it may overflow before they do, and then every value is looked at.
     """
-    for t in tensors:
+    every = list(tensors)
+    for t in rows(every) if len(every) > _MANY else every:
         flat = t.view(-1) if t.is_contiguous() else t.reshape(-1)
         if not math.isfinite(float(torch.dot(flat, flat))) and not torch.isfinite(t).all():
             return False

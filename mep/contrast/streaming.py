@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mep.blocks import Chain, random_state, replayed, sample_norm
+from mep.blocks import Chain, product, random_state, replayed, sample_norm
 from mep.contrast.estimate import Estimate, refused
 from mep.contrast.settings import Settings
 from mep.contrast.strength import strength_of
 from mep.curvature import Signal
-from mep.energies import product, usable_gain
+from mep.energies import usable_gain
 from mep.memory import Plan, phase, spans
 from mep.settling import Residual, verdict
 
@@ -127,7 +127,7 @@ class _Walk:
         """The free phase: returns the output and the marks of the topmost spans."""
 
         def predict(i: int, s: Tensor) -> Tensor:
-            return self.chain.predict(self.blocks[i], s, x)[0]
+            return self.blocks[i].predict_checked(s, x)[0]
 
         before = random_state(x.device)
         output, marks = self._forward(x, self.parts, predict)

@@ -2,7 +2,7 @@
 
 from mep.energies.costs import Cost, CrossEntropy, SquaredError, cost_of
 from mep.energies.energy import Energy
-from mep.energies.free import FreePhase, product, usable_gain
+from mep.energies.free import FreePhase, usable_gain
 from mep.energies.nudged import Configuration, Nudged
 from mep.energies.outputs import KL, OutputEnergy, Squared
 from mep.energies.prediction import PredictionError
@@ -20,6 +20,5 @@ __all__ = [
     "Squared",
     "SquaredError",
     "cost_of",
-    "product",
     "usable_gain",
 ]

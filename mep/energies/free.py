@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mep.blocks import Block, Chain
+from mep.blocks import Chain, Feedback, product
 from mep.energies.costs import Cost
 from mep.settling import Messages
 
-__all__ = ["FreePhase", "product", "usable_gain"]
-
-
-def product(block: Block, point: Any, e: Tensor, feedback: Mapping[int, Tensor] | None) -> Tensor:
-    """Returns a block's ``W^T e``, or ``B^T e`` where it has feedback of its own."""
-    other = feedback.get(id(block.feedback_weight)) if feedback else None
-    return block.product(point, e) if other is None else block.product_through(point, e, other)
+__all__ = ["FreePhase", "usable_gain"]
 
 
 def usable_gain(gain: float, blocks: int) -> float:
@@ -58,7 +51,7 @@ class FreePhase:
         x: Tensor,
         target: Tensor,
         cost: Cost,
-        feedback: Mapping[int, Tensor] | None = None,
+        feedback: Feedback = None,
     ) -> None:
         self.chain = chain
         self.cost = cost
@@ -82,35 +75,34 @@ class FreePhase:
         return self._swept[0]
 
     @cached_property
-    def _swept(self) -> tuple[Messages, list[Tensor]]:
-        """The backward sweep and the norms of its errors, the output's first."""
-        e = -self.cost_gradient
-        errors, products, norms = [e], [], [torch.linalg.vector_norm(e)]
-        for i in reversed(range(1, len(self.points))):
-            products.append(self.product(i, self.points[i], e))
-            e = self.chain.blocks[i].pull(self.points[i], products[-1])
-            errors.append(e)
-            norms.append(torch.linalg.vector_norm(e))  # while it is in the cache
-        return Messages(errors[::-1], products[::-1]), norms
+    def _swept(self) -> tuple[Messages, float]:
+        """The backward sweep, and the sum of its errors' squares."""
+        return self._descend(-self.cost_gradient)
+
+    def _descend(self, e: Tensor) -> tuple[Messages, float]:
+        squares: Tensor | float = torch.linalg.vector_norm(e).double().square_()
+        errors, products = [e], []
+        for run in reversed(self.chain.runs[1:]):
+            below, pulled, square = run.descend(self.points[run.span], errors[0], self.feedback)
+            errors, products = below + errors, pulled + products
+            squares = squares + square
+        return Messages(errors, products), float(squares)
 
     @property
     def sound(self) -> bool:
         """True if loss and errors are finite."""
-        return math.isfinite(float(self.loss.sum() + torch.stack(self._swept[1]).sum()))
+        return math.isfinite(float(self.loss.sum()) + self._swept[1])
 
     def descend(self, e: Tensor) -> list[Tensor]:
         """Returns the errors ``e_1 ... e_L`` that any error of the output sends down."""
-        errors = [e]
-        for i in reversed(range(1, len(self.points))):
-            product = self.product(i, self.points[i], errors[-1])
-            errors.append(self.chain.blocks[i].pull(self.points[i], product))
-        return errors[::-1]
+        return self._descend(e)[0].errors
 
     @cached_property
     def gain(self) -> float:
         """``kappa = sum_i ||e_i||^2 / ||e_L||^2``: how much every layer's move adds up."""
-        norms = torch.stack(self._swept[1])
-        return usable_gain(float((norms / norms[0]).square_().sum()), len(norms))
+        messages, squares = self._swept
+        own = float(torch.linalg.vector_norm(messages.errors[-1]))
+        return usable_gain(squares / own**2 if own else math.nan, len(self.points))
 
     def commit(self) -> None:
         """Makes the free phase's running statistics permanent: once per step."""

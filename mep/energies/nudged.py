@@ -115,32 +115,44 @@ class Nudged:
         return self._descend(at, exact_ramps=False)
 
     def forward(self, messages: Messages) -> Configuration:
+        first = torch.mul(messages.errors[0], self.beta)  # nothing moves below the first state
+        if messages.products is None:
+            return self._forward_from_errors(messages, first)
+        errors, products = messages.errors, messages.products
+        displacements, points, norms = [first], [self.free.points[0]], []
+        if self.visit is not None:
+            self.visit(0, points[0], errors[0])
+        for run in self.free.chain.runs[1:]:
+            span, below = run.span, slice(run.span.start - 1, run.span.stop - 1)
+            moved, at, forces = run.climb(
+                self.free.points[span], displacements[-1], errors[below], errors[span],
+                products[below], self.beta, self.visit,
+            )  # fmt: skip
+            displacements += moved
+            points += at
+            norms += forces
+        found = self._read(displacements, list(errors), points)
+        if isinstance(self.output, Squared):
+            found.norms = norms  # another output energy has another local error by now
+        return found
+
+    def _forward_from_errors(self, messages: Messages, first: Tensor) -> Configuration:
+        """The same where no products are known: ramps that are solved exactly change errors."""
         errors, points, displacements = list(messages.errors), [self.free.points[0]], []
-        norms: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
+        inners = messages.inners or [None] * len(errors)
+        for i, (block, inner) in enumerate(zip(self.blocks, inners, strict=True)):
             if i == 0:
-                delta = torch.zeros_like(errors[0])  # nothing moves below the first state
+                delta = torch.zeros_like(first)
             else:
-                before, d = self.free.points[i], displacements[-1]
-                if messages.products is None:
-                    delta, point = block.difference(before, d)
-                else:
-                    product = messages.products[i - 1]
-                    delta, point, norm = block.advance(before, d, product, errors[i - 1])
-                    norms.append(norm)
+                delta, point = block.difference(self.free.points[i], displacements[-1])
                 points.append(point)
-            inner = messages.inners[i] if messages.inners else None
             if inner is None:
-                displacements.append(delta.add_(errors[i], alpha=self.beta))
+                d = delta.add_(errors[i], alpha=self.beta)
             else:
                 d, errors[i] = self._rest(i, delta, inner)
-                displacements.append(d)
-            if self.visit is not None:
-                self.visit(i, points[i], errors[i])
+            displacements.append(d)
         at = self._read(displacements, errors, points)
         at.at_kinks = messages.inners is not None
-        if messages.products is not None and isinstance(self.output, Squared):
-            at.norms = norms  # another output energy has another local error by now
         return at
 
     def forces(self, at: Configuration) -> tuple[list[Tensor], Residual]:
@@ -173,7 +185,7 @@ class Nudged:
     def _residual(self, at: Configuration, norms: list[Tensor]) -> Residual:
         """Forces and nudge both per unit of beta, which cancels."""
         nudge = sample_norm(self._nudge(at))
-        return Residual.of(torch.linalg.vector_norm(torch.stack(norms), dim=0), nudge)
+        return Residual.of(torch.linalg.vector_norm(torch.stack(norms, dim=1), dim=1), nudge)
 
     def _descend(self, at: Configuration, *, exact_ramps: bool) -> Messages:
         """The backward sweep at a configuration."""

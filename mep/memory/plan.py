@@ -43,6 +43,7 @@ class Footprint:
         work: the most that comes and goes while the block is at work, its displacement included.
         norms: what is noted of its residual where nothing is computed again.
         update: its update, at the most.
+        pull: the most that comes and goes on the way down alone.
     """
 
     state: int
@@ -51,6 +52,7 @@ class Footprint:
     work: int
     norms: int = 0
     update: Update = _NONE
+    pull: int = 0
 
     @property
     def moving(self) -> int:
@@ -221,7 +223,7 @@ class _Costs:
                     feet -= self._foot(a) if a > start else 0
             else:
                 error = self.footprints[stop - 1].state
-                work = max(f.work + f.product for f in self.footprints[start:stop])
+                work = max(f.pull + f.product for f in self.footprints[start:stop])
                 most = self.passed[stop] - self.passed[start] + error + work
             known[key] = most
         return known[key]

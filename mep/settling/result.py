@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 __all__ = ["CONVERGED", "DIVERGED", "LIMIT", "NOT_SETTLED", "Measured", "Residual", "Settled"]
@@ -28,7 +27,7 @@ class Residual:
     @classmethod
     def of(cls, force: Tensor, nudge: Tensor) -> Residual:
         """Returns the residual of forces and nudges, norms per sample in the same unit."""
-        return cls(torch.where(nudge == 0, 0.0, force / nudge), nudge)
+        return cls((force / nudge).masked_fill_(nudge == 0, 0.0), nudge)
 
 
 class Measured:

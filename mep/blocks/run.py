@@ -1,0 +1,293 @@
+"""Runs: what blocks in a row do together. One pass over a chain is one pass over its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep.blocks.block import Block
+from mep.blocks.buffers import lending, shelf
+from mep.blocks.dense import DenseBlock, DensePoint
+from mep.blocks.elementwise import elementwise_of
+from mep.blocks.rows import rows
+from mep.curvature import Signal
+
+__all__ = ["DenseRun", "Feedback", "Run", "product", "runs_of"]
+
+Feedback = Mapping[int, Tensor] | None
+Visit = Callable[[int, Any, Tensor], None]
+
+
+def product(block: Block, point: Any, e: Tensor, feedback: Feedback) -> Tensor:
+    """Returns a block's ``W^T e``, or ``B^T e`` where it has feedback of its own."""
+    other = feedback.get(id(block.feedback_weight)) if feedback else None
+    return block.product(point, e) if other is None else block.product_through(point, e, other)
+
+
+class Run:
+    """Blocks in a row, taken one by one: the reference of ``DenseRun``.
+
+    Lists have one entry per block. *Below* is a block's input, *above* its output.
+
+    Args:
+        blocks: in order.
+        start: number of the first one in its chain.
+    """
+
+    def __init__(self, blocks: Sequence[Block], start: int) -> None:
+        self.blocks = list(blocks)
+        self.start = start
+        self.span = slice(start, start + len(blocks))
+
+    def free(self, s: Tensor, x: Tensor) -> tuple[list[Tensor], list[Any]]:
+        """Runs the free phase.
+
+        Args:
+            s: the state below.
+            x: the input of the chain, for messages.
+
+        Returns:
+            The states above, and the points.
+
+        Raises:
+            ValueError: if a block cannot take its input; the message names it.
+        """
+        states, points = [], []
+        for block in self.blocks:
+            s, point = block.predict_checked(s, x)
+            states.append(s)
+            points.append(point)
+        return states, points
+
+    def descend(
+        self, points: list[Any], e: Tensor, feedback: Feedback
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | float]:
+        """The backward sweep from the error above the last block.
+
+        Returns:
+            Errors below ``e_below = J^T e_above``, products ``W^T e_above``, and the sum of the
+            errors' squares.
+        """
+        errors, products, norms = [], [], []
+        for block, point in zip(reversed(self.blocks), reversed(points), strict=True):
+            products.append(product(block, point, e, feedback))
+            e = block.pull(point, products[-1])
+            errors.append(e)
+            norms.append(torch.linalg.vector_norm(e))  # while it is in the cache
+        return errors[::-1], products[::-1], torch.stack(norms).double().square_().sum()
+
+    def climb(
+        self,
+        points: list[Any],
+        d: Tensor,
+        below: list[Tensor],
+        above: list[Tensor],
+        products: list[Tensor],
+        beta: float,
+        visit: Visit | None,
+    ) -> tuple[list[Tensor], list[Any], list[Tensor]]:
+        """The nudged forward sweep, ``d_above = f(s + d) - f(s) + beta e_above``.
+
+        Args:
+            points: at the free states.
+            d: displacement below the first block.
+            below: errors below, per unit of beta.
+            above: errors above.
+            products: of the backward sweep that made the errors.
+            beta: nudging strength.
+            visit: called with every block's number in the chain, point and error above, as soon as
+                the sweep has no more use for the block.
+
+        Returns:
+            Displacements above, points at the displaced states, and per sample the norms of the
+            forces below.
+        """
+        displacements, moved, norms = [], [], []
+        arguments = zip(self.blocks, points, below, above, products, strict=True)
+        for i, (block, before, e_below, e_above, pulled) in enumerate(arguments, self.start):
+            delta, point, norm = block.advance(before, d, pulled, e_below)
+            d = delta.add_(e_above, alpha=beta)
+            displacements.append(d)
+            moved.append(point)
+            norms.append(norm)
+            if visit is not None:
+                visit(i, point, e_above)
+        return displacements, moved, norms
+
+    def signals(self, points: list[Any], above: list[Tensor], scale: float) -> Iterator[Signal]:
+        """Yields the local signals of all blocks, as ``Block.signals`` does."""
+        for block, point, e in zip(self.blocks, points, above, strict=True):
+            yield from block.signals(point, e, scale)
+
+
+class DenseRun(Run):
+    """Dense blocks of one width and one activation, whose states lie in memory in a row.
+
+    Between two products there is one pass over memory, and the gradients of all blocks are one
+    batched product. Where no buffers are lent, or states are no vectors, the reference does it.
+    """
+
+    blocks: list[DenseBlock]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def free(self, s: Tensor, x: Tensor) -> tuple[list[Tensor], list[Any]]:
+        if not lending() or s.dim() != 2 or s.shape[1] != self.blocks[0].width:
+            return super().free(s, x)
+        between, s = elementwise_of(self.blocks[0].activation, s), s.contiguous()
+        inputs, states, points, bias = shelf(s), self._above(s), [], None
+        for block, y, f in zip(self.blocks, self._below(s), states, strict=True):
+            between.activate(s, bias, y)
+            outputs = inputs if f is not states[-1] else shelf(f)
+            points.append(DensePoint(s, y, between, inputs, outputs))
+            s, bias = torch.mm(y, block.transpose, out=f), block.bias
+        if bias is not None:
+            s.add_(bias)
+        return states, points
+
+    def descend(
+        self, points: list[Any], e: Tensor, feedback: Feedback
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | float]:
+        if feedback or not _together(points):
+            return super().descend(points, e, feedback)
+        like = points[0].values[0]
+        between, errors, products = points[0].between, self._below(like), self._below(like)
+        squares: Tensor | float = 0.0
+        for k in reversed(range(len(points))):
+            torch.mm(e, self.blocks[k].weight, out=products[k])
+            squares += between.pull_and_square(*points[k].values, products[k], errors[k])
+            e = errors[k]
+        return errors, products, squares
+
+    def climb(
+        self,
+        points: list[Any],
+        d: Tensor,
+        below: list[Tensor],
+        above: list[Tensor],
+        products: list[Tensor],
+        beta: float,
+        visit: Visit | None,
+    ) -> tuple[list[Tensor], list[Any], list[Tensor]]:
+        if visit is not None or not _together(points):
+            return super().climb(points, d, below, above, products, beta, visit)
+        between, d, spare, moved = points[0].between, d.contiguous(), shelf(d), []
+        displacements, activities, change = self._above(d), self._below(d), spare.lend()
+        norms = shelf(d, (len(points), d.shape[0])).lend_rows()
+        for k, (point, block) in enumerate(zip(points, self.blocks, strict=True)):
+            s, y = point.values
+            between.nudge(s, y, d, products[k], below[k], change, activities[k], norms[k])
+            d = torch.addmm(above[k], change, block.transpose, beta=beta, out=displacements[k])
+            moved.append(point.moved(activities[k]))
+        spare.give(change)
+        return displacements, moved, norms
+
+    def signals(self, points: list[Any], above: list[Tensor], scale: float) -> Iterator[Signal]:
+        # The last block may be of another shape.
+        activities = [*rows([p.values[1] for p in points[:-1]])] if _together(points) else []
+        errors = [*rows(above[:-1])]
+        if len(activities) != 1 or len(errors) != 1 or len(points) < 3:
+            yield from super().signals(points, above, scale)
+            return
+        whole = _Gradients(activities[0], errors[0], scale)
+        for k, block in enumerate(self.blocks[:-1]):
+            yield from whole.signals(k, block)
+        yield from self.blocks[-1].signals(points[-1], above[-1], scale)
+
+    def _below(self, like: Tensor) -> list[Tensor]:
+        """Returns tensors for something below every block."""
+        return shelf(like, (len(self.blocks), *like.shape)).lend_rows()
+
+    def _above(self, like: Tensor) -> list[Tensor]:
+        """Returns tensors for something above every block; the last may be of another width."""
+        last = shelf(like, (like.shape[0], self.blocks[-1].height)).lend()
+        return [*shelf(like, (len(self.blocks) - 1, *like.shape)).lend_rows(), last]
+
+
+class _Gradients:
+    """The gradients of blocks whose activities and errors are rows of one tensor each.
+
+    Args:
+        activities: ``(k, B, in)``.
+        errors: ``(k, B, out)``.
+        scale: of the sums over the batch.
+    """
+
+    def __init__(self, activities: Tensor, errors: Tensor, scale: float) -> None:
+        self._activities, self._errors, self._scale = activities, errors, scale
+        self._given: set[tuple[Callable, int]] = set()
+
+    def signals(self, k: int, block: DenseBlock) -> Iterator[Signal]:
+        """Yields one block's signals."""
+        weight, bias, samples = block.weight, block.bias, self._errors.shape[1]
+        if weight.requires_grad:
+            form, rows = partial(self._weight, k), partial(self._rows, k)
+            yield Signal(weight, self._scale, samples, form, rows)
+        if bias is not None and bias.requires_grad:
+            yield Signal(bias, self._scale, samples, partial(self._bias, k))
+
+    def _rows(self, k: int) -> tuple[Tensor, Tensor]:
+        return self._activities[k], self._errors[k]
+
+    def _weight(self, k: int) -> Tensor:
+        if self._first(self._weight, k):
+            return self._weights[k]
+        a, e = self._rows(k)
+        return (e.t() @ a).mul_(self._scale)
+
+    def _bias(self, k: int) -> Tensor:
+        if self._first(self._bias, k):
+            return self._biases[k]
+        return self._errors[k].sum(0).mul_(self._scale)
+
+    def _first(self, what: Callable, k: int) -> bool:
+        """A gradient belongs to whom it was given, and may have been changed by a second time."""
+        given = (what, k) in self._given
+        self._given.add((what, k))
+        return not given
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        e, a = self._errors.transpose(1, 2), self._activities
+        room = shelf(a, (a.shape[0], e.shape[1], a.shape[2]))
+        out = room.lend()
+        torch.baddbmm(out, e, a, beta=0, alpha=self._scale, out=out)
+        return room.split(out)
+
+    @cached_property
+    def _biases(self) -> tuple[Tensor, ...]:
+        return self._errors.sum(1).mul_(self._scale).unbind()
+
+
+def _together(points: list[Any]) -> bool:
+    return lending() and all(isinstance(point, DensePoint) for point in points)
+
+
+def runs_of(blocks: Sequence[Block]) -> list[Run]:
+    """Cuts a chain into runs. Its first block is one of its own: nothing is below it.
+
+    >>> from mep import trace
+    >>> from mep.models import mlp
+    >>> [type(run).__name__ for run in trace(mlp(4, [8, 8], 2, torch.nn.Tanh)).runs]
+    ['Run', 'DenseRun']
+    """
+    groups: list[list[Block]] = [[blocks[0]]]
+    kinds = [_kind(block) for block in blocks]
+    for block, kind, before in zip(blocks[1:], kinds[1:], [object(), *kinds[1:]], strict=False):
+        if kind == before:
+            groups[-1].append(block)
+        else:
+            groups.append([block])
+    runs, start = [], 0
+    for group in groups:
+        made = DenseRun if start > 0 and isinstance(group[0], DenseBlock) else Run
+        runs.append(made(group, start))
+        start += len(group)
+    return runs
+
+
+def _kind(block: Block) -> tuple[str, int] | None:
+    """What blocks of one run have in common."""
+    return (block.activation.name, block.width) if isinstance(block, DenseBlock) else None

@@ -1,0 +1,73 @@
+"""Fused arithmetic between two products. Knows tensors alone; every kernel has an eager twin.
+
+Kernels need numba (``pip install "mep-torch[fast]"``). Without it, and inside ``eager()``, the
+eager twins do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mep.kernels.cpu import Kernels
+
+__all__ = ["available", "eager", "kernels_of"]
+
+_eager: ContextVar[bool] = ContextVar("eager arithmetic", default=False)
+
+
+@cache
+def available() -> bool:
+    """Returns whether numba is installed.
+
+    >>> isinstance(available(), bool)
+    True
+    """
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Does without kernels while the context lasts: the reference they are compared with.
+
+    >>> with eager():
+    ...     kernels_of("tanh", torch.zeros(1)) is None
+    True
+    """
+    token = _eager.set(True)
+    try:
+        yield
+    finally:
+        _eager.reset(token)
+
+
+def kernels_of(activation: str, like: Tensor) -> Kernels | None:
+    """Returns the kernels of an activation for tensors like this one, or None.
+
+    Args:
+        activation: its name, such as ``"tanh"``.
+        like: gives dtype and device; there are kernels for float32 on a CPU.
+    """
+    if like.dtype != torch.float32 or not like.is_cpu or _eager.get():
+        return None
+    return _kernels(activation)
+
+
+@cache
+def _kernels(activation: str) -> Kernels | None:
+    if not available():
+        return None
+    from mep.kernels.cpu import kernels
+
+    return kernels(activation)

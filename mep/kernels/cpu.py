@@ -1,0 +1,166 @@
+"""Fused kernels for float32 on a CPU, compiled by numba on first use.
+
+Each reads its operands once and writes its results once, where a chain of torch calls walks
+through memory for every operation. They take addresses of contiguous memory: wrapping an array
+would cost as much as the arithmetic.
+"""
+
+# numba gives functions other signatures than they are written with.
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numba
+from numba import njit, types
+from numba.extending import intrinsic
+
+__all__ = ["Kernels", "kernels"]
+
+_f32 = numba.float32
+# Sums may be reordered and products contracted; NaN and infinity keep their meaning.
+_ARITHMETIC: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
+}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one activation. Arguments ending in the batch ``B`` and the units ``n``.
+
+    Attributes:
+        activate: ``(s, bias, y, B, n)``: ``s <- s + bias``, ``y <- phi(s)``; bias may be 0, none.
+        pull: ``(y, p, e, B, n)``: ``e <- phi'(s) p``; returns ``||e||^2``.
+        nudge: ``(s, y, d, p, e, change, y_new, norm, B, n)``: ``change <- phi(s + d) - phi(s)``
+            without cancellation, ``y_new <- phi(s + d)``, and per sample
+            ``norm <- ||phi'(s + d) p - e||``.
+    """
+
+    activate: Callable[..., None]
+    pull: Callable[..., float]
+    nudge: Callable[..., None]
+
+
+@intrinsic
+def _floats(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer to float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(address), codegen
+
+
+@njit(inline="always")
+def _tanh(x):  # pragma: no cover
+    """A quotient of odd and even polynomials, to 4e-7 of the value at every argument."""
+    c = min(max(x, _f32(-7.9988117)), _f32(7.9988117))
+    q = c * c
+    odd = q * _f32(-2.76076847742355e-16) + _f32(2.00018790482477e-13)
+    odd = q * odd + _f32(-8.60467152213735e-11)
+    odd = q * odd + _f32(5.12229709037114e-08)
+    odd = q * odd + _f32(1.48572235717979e-05)
+    odd = q * odd + _f32(6.37261928875436e-04)
+    odd = q * odd + _f32(4.89352455891786e-03)
+    even = q * _f32(1.19825839466702e-06) + _f32(1.18534705686654e-04)
+    even = q * even + _f32(2.26843463243900e-03)
+    even = q * even + _f32(4.89352518554385e-03)
+    return c * odd / even if x == x else x  # the clamp would swallow a NaN
+
+
+@njit(inline="always")
+def _tanh_slope(y):  # pragma: no cover
+    return _f32(1) - y * y
+
+
+@njit(inline="always")
+def _tanh_change(s, y, d):  # pragma: no cover
+    """``tanh(s + d) - tanh s = t (1 - y^2) / (1 + y t)`` with ``t = tanh d``."""
+    t = _tanh(d)
+    return t * (_f32(1) - y * y) / (_f32(1) + y * t)
+
+
+@njit(inline="always")
+def _relu(x):  # pragma: no cover
+    return _f32(0) if x <= 0 else x
+
+
+@njit(inline="always")
+def _relu_slope(y):  # pragma: no cover
+    return _f32(0) if y <= 0 else _f32(1)
+
+
+@njit(inline="always")
+def _relu_change(s, y, d):  # pragma: no cover
+    """``max(d + min(s, 0), -max(s, 0))``: exactly ``d`` or 0 where the kink is not crossed."""
+    moved = d + (s - y)
+    return -y if moved <= -y else moved
+
+
+_ACTIVATIONS = {
+    "tanh": (_tanh, _tanh_slope, _tanh_change),
+    "relu": (_relu, _relu_slope, _relu_change),
+}
+
+
+@cache
+def kernels(activation: str) -> Kernels | None:
+    """Returns the kernels of an activation, or None if it has none here."""
+    if activation not in _ACTIVATIONS:
+        return None
+    value, slope, change_of = _ACTIVATIONS[activation]
+
+    @njit(**_ARITHMETIC)
+    def activate(s_, bias_, y_, batch, n):  # pragma: no cover
+        s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
+        if bias_ != 0:
+            bias = numba.carray(_floats(bias_), (n,))
+            for b in range(batch):
+                for j in range(n):
+                    s[b, j] += bias[j]
+                    y[b, j] = value(s[b, j])
+        else:
+            for b in range(batch):
+                for j in range(n):
+                    y[b, j] = value(s[b, j])
+
+    @njit(**_ARITHMETIC)
+    def pull(y_, p_, e_, batch, n):  # pragma: no cover
+        y, p = numba.carray(_floats(y_), (batch, n)), numba.carray(_floats(p_), (batch, n))
+        e = numba.carray(_floats(e_), (batch, n))
+        total = 0.0
+        for b in range(batch):
+            row = _f32(0)
+            for j in range(n):
+                error = slope(y[b, j]) * p[b, j]
+                e[b, j] = error
+                row += error * error
+            total += row
+        return total
+
+    @njit(**_ARITHMETIC)
+    def nudge(s_, y_, d_, p_, e_, change_, y_new_, norm_, batch, n):  # pragma: no cover
+        s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
+        d, p = numba.carray(_floats(d_), (batch, n)), numba.carray(_floats(p_), (batch, n))
+        e, norm = numba.carray(_floats(e_), (batch, n)), numba.carray(_floats(norm_), (batch,))
+        change = numba.carray(_floats(change_), (batch, n))
+        y_new = numba.carray(_floats(y_new_), (batch, n))
+        for b in range(batch):
+            row = _f32(0)
+            for j in range(n):
+                moved = change_of(s[b, j], y[b, j], d[b, j])
+                value_new = y[b, j] + moved
+                change[b, j] = moved
+                y_new[b, j] = value_new
+                force = slope(value_new) * p[b, j] - e[b, j]
+                row += force * force
+            norm[b] = math.sqrt(row)
+
+    return Kernels(activate, pull, nudge)
