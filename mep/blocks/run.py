@@ -257,8 +257,11 @@ class _Gradients:
         return room.split(out)
 
     @cached_property
-    def _biases(self) -> tuple[Tensor, ...]:
-        return self._errors.sum(1).mul_(self._scale).unbind()
+    def _biases(self) -> list[Tensor]:
+        e = self._errors
+        room = shelf(e, (e.shape[0], e.shape[2]))
+        out = torch.sum(e, 1, out=room.lend()).mul_(self._scale)
+        return room.split(out)
 
 
 def _together(points: list[Any]) -> bool:

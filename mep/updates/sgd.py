@@ -106,7 +106,7 @@ def _fusable(parameter: Tensor, gradient: Tensor, momentum: Tensor | None) -> bo
     """
     if parameter.dtype not in (torch.float32, torch.float64):
         return False
-    others = (gradient,) if momentum is None else (gradient, momentum)
-    if parameter.is_contiguous() and all(t.is_contiguous() for t in others):
-        return True
-    return all(t.stride() == parameter.stride() for t in others)
+    if parameter.is_contiguous() and gradient.is_contiguous():  # a stride takes longer to ask for
+        return momentum is None or momentum.is_contiguous()
+    strides = parameter.stride()
+    return gradient.stride() == strides and (momentum is None or momentum.stride() == strides)
