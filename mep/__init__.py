@@ -1,8 +1,9 @@
 """mep: exact Equilibrium Propagation for PyTorch."""
 
-from mep import data, init, memory, models, presets
+from mep import continual, data, init, memory, models, presets
 from mep.blocks import Chain, TraceError, trace
 from mep.constraints import SpectralNorm
+from mep.continual import EWC, SynapticIntelligence
 from mep.contrast import (
     AutoBeta,
     Estimate,
@@ -25,6 +26,7 @@ from mep.updates import SGD, Dion, ErrorFeedback, Muon, Natural, Normalised, Rou
 __version__ = "0.1.0"
 
 __all__ = [
+    "EWC",
     "KL",
     "SGD",
     "Anderson",
@@ -46,9 +48,11 @@ __all__ = [
     "SpectralNorm",
     "Squared",
     "Sweep",
+    "SynapticIntelligence",
     "TopK",
     "TraceError",
     "centered",
+    "continual",
     "data",
     "diagnose",
     "energy",

@@ -22,7 +22,7 @@ ALLOWED = {
     "init": [],
     "models": ["init"],
     "updates": ["curvature"],
-    "continual": ["curvature"],
+    "continual": CORE,
     "constraints": [],
     "memory": [],
     "data": [],

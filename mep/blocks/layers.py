@@ -54,6 +54,15 @@ class Layer(ABC):
     def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Returns activity ``(N, in)`` and error ``(N, out)``, whose ``e^T a`` is the gradient."""
 
+    def bias_rows(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the same for the bias, whose activity is 1: ``(N, 1)`` and ``(N, out)``."""
+        error = self.errors(e)
+        return torch.ones_like(error[:, :1]), error
+
+    @abstractmethod
+    def errors(self, e: Tensor) -> Tensor:
+        """Returns the errors of all samples and positions, ``(N, out)``."""
+
     @abstractmethod
     def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
         """Returns ``scale sum_n e_n`` over batch and positions, with the shape of the bias."""
@@ -92,10 +101,13 @@ class Linear(Layer):
         return torch.addmm(weight, e.t(), a, beta=0, alpha=scale, out=take(weight))
 
     def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        return (a, e) if e.dim() == 2 else (a.flatten(0, -2), e.flatten(0, -2))
+        return (a if a.dim() == 2 else a.flatten(0, -2)), self.errors(e)
+
+    def errors(self, e: Tensor) -> Tensor:
+        return e if e.dim() == 2 else e.flatten(0, -2)
 
     def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
-        return (e if e.dim() == 2 else e.flatten(0, -2)).sum(0).mul_(scale)
+        return self.errors(e).sum(0).mul_(scale)
 
 
 class Conv2d(Layer):
@@ -123,7 +135,10 @@ class Conv2d(Layer):
     def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         m = self.module
         patches = F.unfold(a, m.kernel_size, m.dilation, m.padding, m.stride)  # pyright: ignore[reportArgumentType]
-        return patches.mT.flatten(0, 1), e.flatten(2).mT.flatten(0, 1)
+        return patches.mT.flatten(0, 1), self.errors(e)
+
+    def errors(self, e: Tensor) -> Tensor:
+        return e.flatten(2).mT.flatten(0, 1)
 
     def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
         return e.sum((0, 2, 3)).mul_(scale)

@@ -95,11 +95,14 @@ class LocalBlock(Block):
             inner = [output for _, _, output in seen]
             found = torch.autograd.grad(out, wanted + inner, e, allow_unused=True)
         rows = _rows(seen, found[len(wanted) :])
+        each = _Each(partial(self._evaluate, point, point.state), wanted, e)
         for parameter, gradient in zip(wanted, found, strict=False):
             if gradient is not None:
                 # autograd may hand out one tensor twice (for x + (a + b)): everyone gets his own
                 form = partial(torch.mul, gradient.contiguous(), scale)
-                yield Signal(parameter, scale, e.shape[0], form, rows.get(id(parameter)))
+                inner_rows = rows.get(id(parameter))
+                alone = partial(each.of, parameter)
+                yield Signal(parameter, scale, e.shape[0], form, inner_rows, alone)
 
     def commit(self, point: _Point) -> None:
         own = dict(self._body.named_buffers())
@@ -118,6 +121,42 @@ class LocalBlock(Block):
 
     def _copy_buffers(self) -> dict[str, Tensor]:
         return {name: buffer.clone() for name, buffer in self._body.named_buffers()}
+
+
+class _Each:
+    """Gradients of single samples, by one backward pass each.
+
+    Args:
+        evaluate: returns the block's output, ``(B, *out)``.
+        wanted: the parameters.
+        e: the error, ``(B, *out)``.
+    """
+
+    def __init__(
+        self, evaluate: Callable[[], Tensor], wanted: list[nn.Parameter], e: Tensor
+    ) -> None:
+        self._evaluate, self._wanted, self._e = evaluate, wanted, e
+        self._span: slice | None = None
+        self._found: dict[int, Tensor] = {}
+
+    def of(self, parameter: nn.Parameter, span: slice) -> Tensor:
+        """Returns one parameter's gradients of some samples."""
+        if span != self._span:  # the parameters of a block are asked for one after another
+            self._span, self._found = span, self._look(span)
+        return self._found[id(parameter)]
+
+    def _look(self, span: slice) -> dict[int, Tensor]:
+        found: dict[int, list[Tensor]] = {id(p): [] for p in self._wanted}
+        with torch.enable_grad():
+            out = self._evaluate()
+            for n in range(*span.indices(len(self._e))):
+                gradients = torch.autograd.grad(
+                    out[n], self._wanted, self._e[n], retain_graph=True, allow_unused=True,
+                    materialize_grads=True,
+                )  # fmt: skip
+                for p, gradient in zip(self._wanted, gradients, strict=True):
+                    found[id(p)].append(gradient)
+        return {key: torch.stack(values) for key, values in found.items()}
 
 
 _Seen = list[tuple[Layer, Tensor, Tensor]]

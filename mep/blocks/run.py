@@ -226,10 +226,15 @@ class _Gradients:
             form, rows = partial(self._weight, k), partial(self._rows, k)
             yield Signal(weight, self._scale, samples, form, rows)
         if bias is not None and bias.requires_grad:
-            yield Signal(bias, self._scale, samples, partial(self._bias, k))
+            form, rows = partial(self._bias, k), partial(self._bias_rows, k)
+            yield Signal(bias, self._scale, samples, form, rows)
 
     def _rows(self, k: int) -> tuple[Tensor, Tensor]:
         return self._activities[k], self._errors[k]
+
+    def _bias_rows(self, k: int) -> tuple[Tensor, Tensor]:
+        e = self._errors[k]
+        return torch.ones_like(e[:, :1]), e
 
     def _weight(self, k: int) -> Tensor:
         if self._first(self._weight, k):

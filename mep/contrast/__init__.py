@@ -2,7 +2,7 @@
 
 from mep.contrast.blockwise import check_blockwise, contrast_blockwise
 from mep.contrast.estimate import Estimate, Sink, contrast, estimate
-from mep.contrast.fisher import free_signals
+from mep.contrast.fisher import free_signals, free_sweeps
 from mep.contrast.footprint import footprints, standing
 from mep.contrast.inspect import energy, free_states, settle, state_gradients
 from mep.contrast.phases import chain_of, check_input, free_phase
@@ -32,6 +32,7 @@ __all__ = [
     "free_phase",
     "free_signals",
     "free_states",
+    "free_sweeps",
     "one_sided",
     "settings",
     "settle",

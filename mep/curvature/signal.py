@@ -26,7 +26,10 @@ class Signal:
         form: returns the dense gradient, a new tensor of the parameter's shape.
         rows: returns activity ``a`` ``(N, in)`` and error ``e`` ``(N, out)`` with the gradient
             ``scale e^T a``; ``N`` counts samples and positions, ``in`` the inputs of one unit
-            (those of a patch for a convolution). None where a gradient is no outer product.
+            (those of a patch for a convolution), and a bias has one input, which is 1. None where
+            a gradient is no outer product.
+        per_sample: returns the gradients of some samples, ``(n, *shape)``, without the scale; None
+            where they follow from the rows, which then go through the samples one after another.
     """
 
     parameter: nn.Parameter
@@ -34,6 +37,7 @@ class Signal:
     samples: int
     form: Callable[[], Tensor]
     rows: Callable[[], tuple[Tensor, Tensor]] | None = None
+    per_sample: Callable[[slice], Tensor] | None = None
 
 
 class Factors:

@@ -48,6 +48,14 @@ class Cost(ABC):
             f"cost '{self.name}' states no exact Fisher information: use fisher='empirical'"
         )
 
+    def drawn(self, s: Tensor) -> Tensor:
+        """Returns ``dC/ds`` at a target that the model itself draws, of probability ``exp(-C)``.
+
+        Raises:
+            ValueError: if the cost does not say how.
+        """
+        raise ValueError(f"cost '{self.name}' draws no targets: use fisher='empirical'")
+
     def mean(self, s: Tensor, target: Tensor) -> Tensor:
         """Returns the batch mean as a scalar: the loss that a backprop baseline minimises."""
         return self.value(s, self.prepare(target, s)).mean()
@@ -103,6 +111,11 @@ class CrossEntropy(Cost):
             missed[:, k] = 1
             yield p[:, k : k + 1].sqrt() * (p - missed)
 
+    def drawn(self, s: Tensor) -> Tensor:
+        classes = torch.softmax(s, 1).movedim(1, -1).flatten(0, -2)
+        y = torch.multinomial(classes, 1).view(s.shape[:1] + s.shape[2:])
+        return self.gradient(s, y)
+
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
         p = torch.softmax(s, 1)
         index = y.unsqueeze(1)
@@ -155,6 +168,9 @@ class SquaredError(Cost):
             unit = torch.zeros_like(s).flatten(1)
             unit[:, k] = 1
             yield unit.view_as(s)
+
+    def drawn(self, s: Tensor) -> Tensor:
+        return torch.randn_like(s)
 
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
         return s - y

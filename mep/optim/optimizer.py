@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from mep.blocks import Buffers
 from mep.constraints import Constraint
+from mep.continual import Penalty
+from mep.continual.fisher import Loader
 from mep.contrast import (
     AutoBeta,
     Easing,
@@ -32,16 +34,18 @@ from mep.optim.budget import budget_of
 from mep.optim.feedback import check_learning, feedback_weights
 from mep.optim.gradients import Gradients
 from mep.optim.groups import check_own, roles
+from mep.optim.saving import Saved
 from mep.optim.sources import Batch, by_backprop, by_contrast
+from mep.optim.tasks import consolidate, penalty_of
 from mep.optim.updating import Roles, Updating
-from mep.optim.wording import with_settler
+from mep.optim.wording import chosen_of, with_settler
 from mep.settling import CONVERGED, KOLEN_POLLACK, TRANSPOSE, Limit, Solver, Sweep
 from mep.updates import Rule
 
 __all__ = ["EPOptimizer"]
 
 
-class EPOptimizer(torch.optim.Optimizer):
+class EPOptimizer(Saved):
     """A torch optimizer whose ``step(x=, target=)`` settles, contrasts and updates.
 
     ``theta <- rule(theta, g)`` with ``g`` the estimate that ``mep.estimate`` describes. Without a
@@ -64,6 +68,8 @@ class EPOptimizer(torch.optim.Optimizer):
         update: the update rule; ``mep.SGD()`` by default. ``mep.Route`` combines several.
         constraint: what holds after every step, such as ``mep.SpectralNorm()``; none by default.
         clip_norm: largest common norm of all gradients, > 0; none by default.
+        penalty: keeps parameters where finished tasks have left them, such as ``mep.EWC(lam)``.
+        ewc_lambda: stands for ``penalty=mep.EWC(ewc_lambda)``.
         cost: ``"cross_entropy"``, ``"mse"`` or a cost object.
         energy: ``mep.PredictionError(output=...)``.
         settler: ``mep.Sweep()`` by default.
@@ -119,6 +125,8 @@ class EPOptimizer(torch.optim.Optimizer):
         update: Rule | None = None,
         constraint: Constraint | None = None,
         clip_norm: float | None = None,
+        penalty: Penalty | None = None,
+        ewc_lambda: float | None = None,
         cost: str | Cost = "cross_entropy",
         energy: Energy | None = None,
         settler: Solver | None = None,
@@ -132,28 +140,21 @@ class EPOptimizer(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         max_skipped: int = 10,
     ) -> None:
-        if mode not in ("ep", "backprop"):
-            raise ValueError(f"`mode` must be 'ep' or 'backprop', got {mode!r}")
         if not isinstance(max_skipped, int) or max_skipped < 0:
             raise ValueError(f"`max_skipped` must be a whole number >= 0, got {max_skipped!r}")
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
         options = {
             "energy": energy, "settler": settler, "settle_steps": settle_steps,
             "settle_lr": settle_lr, "stencil": stencil, "beta": beta,
             "gradient_method": gradient_method, "blockwise": blockwise or None,
             "memory_budget": memory_budget, "state_dtype": state_dtype,
         }  # fmt: skip
-        chosen = {name: value for name, value in options.items() if value is not None}
-        if chosen and (mode == "backprop" or model is None):
-            why = "mode='backprop' does not settle" if model else "without `model` nothing settles"
-            raise ValueError(f"{why}: drop {', '.join(sorted(chosen))}")
+        chosen = chosen_of(model, mode, options)
         self.model = model
         self.mode = mode
         self._budget = budget_of(chosen)
         self.blockwise = chosen.pop("blockwise", False) or self._budget is not None
         self.easing = Easing()
-        self._updating = Updating(update, constraint, clip_norm)
+        self._updating = Updating(update, constraint, clip_norm, penalty_of(penalty, ewc_lambda))
         self.max_skipped = max_skipped
         self.skipped = self.skipped_in_a_row = self.unsettled = 0
         self.last: Estimate | None = None
@@ -194,6 +195,23 @@ class EPOptimizer(torch.optim.Optimizer):
         """The constraint, or None."""
         return self._updating.constraint
 
+    @property
+    def penalty(self) -> Penalty | None:
+        """The penalty, or None."""
+        return self._updating.penalty
+
+    def consolidate(self, loader: Loader | None = None) -> None:
+        """Lets the penalty remember the task that has just been learned.
+
+        Args:
+            loader: the task's batches ``(x, target)``, for a penalty that takes curvature.
+
+        Raises:
+            ValueError: if there is no penalty, or it would stay zero. Nothing has changed then.
+        """
+        parameters = self._parameters()
+        consolidate(self.penalty, self.model, parameters, self.state, loader, self.how)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its numbers and that its parameters are the model's.
 
@@ -218,6 +236,8 @@ class EPOptimizer(torch.optim.Optimizer):
     def _know(self, found: Roles) -> None:
         """Takes note of the parameters' roles, and of whose gradients stay factors."""
         self._roles = found
+        if self.penalty is not None:
+            self.penalty.bind(self._parameters(), self.state)
         self._factored = self._updating.factored(
             self._parameters(), found, on_the_way=self.blockwise
         )
@@ -364,37 +384,3 @@ class EPOptimizer(torch.optim.Optimizer):
                 "or loss or gradients were not finite; parameters are as after the last good step. "
                 "Lower `lr` or `beta`, or use an isometric start from mep.init"
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns torch's state dict with the count of skipped updates."""
-        counts = {
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "easing": self.easing.factor,
-        }
-        return {**super().state_dict(), "ep": counts}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` returned; what ``torch.optim.SGD`` does not save stays."""
-        for group in state_dict["param_groups"]:
-            self.rule.check({**self.defaults, **group})  # before anything is loaded
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group.setdefault("lr_scale", self.defaults["lr_scale"])
-        counts = state_dict.get("ep", {})
-        self.skipped = counts.get("skipped", 0)
-        self.skipped_in_a_row = counts.get("skipped_in_a_row", 0)
-        self.easing.factor = counts.get("easing", 1.0)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._buffers = Buffers()
-        self._know(roles(self.model, self._parameters()))  # a copy has parameters of its own
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The base class keeps three entries only; a scheduler's patched `step` must not travel.
-        kept = (
-            "model", "mode", "_updating", "easing", "blockwise", "_budget", "how", "last",
-            "max_skipped", "skipped", "skipped_in_a_row", "unsettled",
-        )  # fmt: skip
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}

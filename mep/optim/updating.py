@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from mep.constraints import Constraint
+from mep.continual import Penalty
+from mep.continual.penalty import memory_of
 from mep.optim.gradients import Gradients
-from mep.updates import SGD, Role, Rule
+from mep.updates import SGD, Gradient, Role, Rule
 
 __all__ = ["Updating"]
 
@@ -25,13 +28,18 @@ class Updating:
         rule: the update rule, or a route between several; None for plain SGD.
         constraint: what holds after every step, if anything.
         clip_norm: largest common norm of all gradients, > 0, or None.
+        penalty: what keeps parameters where finished tasks have left them, or None.
 
     Raises:
         TypeError, ValueError: if an argument does not fit.
     """
 
     def __init__(
-        self, rule: Rule | None, constraint: Constraint | None, clip_norm: float | None
+        self,
+        rule: Rule | None,
+        constraint: Constraint | None,
+        clip_norm: float | None,
+        penalty: Penalty | None = None,
     ) -> None:
         if rule is not None and not isinstance(rule, Rule):
             raise TypeError(f"`update` must be an update rule such as mep.Muon(), got {rule!r}")
@@ -41,6 +49,9 @@ class Updating:
             )
         if clip_norm is not None and not (clip_norm > 0 and math.isfinite(clip_norm)):
             raise ValueError(f"`clip_norm` must be a finite number > 0 or None, got {clip_norm}")
+        if penalty is not None and not isinstance(penalty, Penalty):
+            raise TypeError(f"`penalty` must be a penalty such as mep.EWC(lam), got {penalty!r}")
+        self.penalty = penalty
         self.rule = rule or SGD()
         self.constraint = constraint
         self.clip_norm = clip_norm
@@ -86,6 +97,11 @@ class Updating:
             raise ValueError(
                 f"{option} knows no norm over all blocks: drop `clip_norm`, or use "
                 "update=mep.Normalised(), whose steps have a length of their own"
+            )
+        if within and self.penalty is not None:
+            raise ValueError(
+                f"{option} and `penalty={self.penalty}` exclude each other: what a penalty "
+                "remembers and how it pulls are in no plan; blockwise=True takes both"
             )
         for rule in self.rule.parts() if within else ():
             if rule.observes:
@@ -147,9 +163,11 @@ class Updating:
                 numbers = group if factor == 1 else {**group, "lr": group["lr"] * factor}
                 found: list[Any] = [gradients.of(p) for p in parameters]
                 states = [state[p] for p in parameters]
-                if twins:
-                    parameters, found, states = _with_twins(parameters, found, states, twins)
-                rule.step(parameters, found, states, numbers)
+                with self._penalised(rule, parameters, found, states, numbers) as whole:
+                    every = (parameters, whole, states)
+                    if twins:
+                        every = _with_twins(parameters, whole, states, twins)
+                    rule.step(*every, numbers)
             if self.constraint is not None:
                 held = [p for p in chosen if self.constraint.holds_for(p, roles[id(p)][1])]
                 twinned = [p for p in held if id(p) in twins]
@@ -157,6 +175,35 @@ class Updating:
                     [*held, *(twins[id(p)] for p in twinned)],
                     [*(state[p] for p in held), *(state[p]["feedback_state"] for p in twinned)],
                 )
+
+    @contextmanager
+    def _penalised(
+        self,
+        rule: Rule,
+        parameters: list[Tensor],
+        gradients: list[Any],
+        states: list[dict[str, Any]],
+        group: dict[str, Any],
+    ) -> Iterator[list[Any]]:
+        """Lets the penalty act around one rule's step; yields the gradients for it."""
+        penalty = self.penalty
+        if penalty is None or penalty.lam == 0:
+            yield gradients
+            return
+        before = penalty.watch(parameters, states)
+        step, pulled = rule.effective_step(group), list(gradients)
+        memories = [memory_of(state) for state in states]
+        if step is None:
+            for k, (p, memory) in enumerate(zip(parameters, memories, strict=True)):
+                if memory is not None:
+                    pulled[k] = _dense(gradients[k]) + penalty.gradient(p, memory)
+        yield pulled
+        if step is not None:
+            for p, memory in zip(parameters, memories, strict=True):
+                if memory is not None:
+                    penalty.pull(p, memory, step)
+        if before is not None:
+            penalty.learned(parameters, before, [_dense(g) for g in gradients], states)
 
     def shares(
         self, parameters: list[Tensor], roles: Roles
@@ -218,6 +265,10 @@ class Updating:
                         )
                     usable &= rule.observe(found[id(p)], state[p])
         return usable
+
+
+def _dense(gradient: Gradient) -> Tensor:
+    return gradient if isinstance(gradient, Tensor) else gradient.dense()
 
 
 def _with_twins(

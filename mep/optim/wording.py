@@ -1,12 +1,14 @@
-"""Names that users of earlier code know, in the words of this library."""
+"""Options as they are given, in the words of this library."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from mep.settling import GradientDescent
 
-__all__ = ["with_settler"]
+__all__ = ["chosen_of", "with_settler"]
 
 
 def with_settler(chosen: dict[str, Any]) -> dict[str, Any]:
@@ -22,3 +24,25 @@ def with_settler(chosen: dict[str, Any]) -> dict[str, Any]:
         )
     rest = {name: value for name, value in chosen.items() if name not in names}
     return {**rest, "settler": GradientDescent(**given)}
+
+
+def chosen_of(model: nn.Module | None, mode: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options that were given, if anything settles at all.
+
+    Args:
+        model: the model, or None.
+        mode: ``"ep"`` or ``"backprop"``.
+        options: by name; None for those that were not given.
+
+    Raises:
+        TypeError, ValueError: if model or mode are no such thing, or nothing settles.
+    """
+    if mode not in ("ep", "backprop"):
+        raise ValueError(f"`mode` must be 'ep' or 'backprop', got {mode!r}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if chosen and (mode == "backprop" or model is None):
+        why = "mode='backprop' does not settle" if model else "without `model` nothing settles"
+        raise ValueError(f"{why}: drop {', '.join(sorted(chosen))}")
+    return chosen

@@ -62,6 +62,14 @@ class Rule(ABC):
             group: the numbers: ``lr`` and what else the rule reads.
         """
 
+    def effective_step(self, group: dict[str, Any]) -> float | None:
+        """Returns ``eta`` of the step ``-eta g`` that a lasting gradient ends up in.
+
+        None for a rule whose steps are no multiple of the gradient: what else shall move a
+        parameter must then go through the rule.
+        """
+        return None
+
     def parts(self) -> list[Rule]:
         """Returns the rules that take the steps: this one."""
         return [self]

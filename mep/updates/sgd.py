@@ -43,6 +43,9 @@ class SGD(Rule):
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("`nesterov=True` needs `momentum` > 0")
 
+    def effective_step(self, group: dict[str, Any]) -> float:
+        return float(group["lr"] * group["lr_scale"]) / (1 - group["momentum"])
+
     def folds(self, parameter: Tensor) -> bool:
         return parameter.dim() == 2  # a kernel's factors are patches, many times its input
 

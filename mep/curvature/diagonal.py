@@ -1,0 +1,66 @@
+"""The diagonal of a parameter's Fisher information, from its local signals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mep.curvature.signal import Signal
+
+__all__ = ["diagonal_fisher"]
+
+# Elements of per-sample gradients that are formed at once, where the product comes before the
+# square: 16 MB in float32.
+_AT_ONCE = 2**22
+
+
+def diagonal_fisher(signals: Sequence[Signal]) -> Tensor:
+    """Returns ``1/B sum_n g_n^2`` with ``g_n`` the gradient of one sample by itself.
+
+    Where every sample has one position and the parameter one place in the model, this is one
+    product, ``(e^2)^T (a^2) / B``. Where there are several, the sum comes before the square.
+
+    Args:
+        signals: of one parameter and one direction of the output, one for each place where the
+            model uses it; their ``scale`` is undone.
+
+    Returns:
+        The diagonal, of the parameter's shape.
+
+    >>> a, e = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0], [3.0]])
+    >>> weight = torch.nn.Parameter(torch.zeros(1, 2))
+    >>> diagonal_fisher([Signal(weight, 0.5, 2, lambda: 0.5 * e.T @ a, lambda: (a, e))])
+    tensor([[0.5000, 6.5000]])
+
+    Source: Kirkpatrick et al. 2017, eq. 3; Goodfellow 2015 (the product).
+    """
+    first = signals[0]
+    per_sample = first.scale * first.samples
+    if len(signals) == 1 and first.per_sample is None:
+        a, e = _rows(first)
+        if len(a) == first.samples:
+            squares = torch.mm(e.square().t(), a.square())
+            return squares.mul_(per_sample**2 / first.samples).view_as(first.parameter)
+    total = torch.zeros_like(first.parameter)
+    chunk = max(1, _AT_ONCE // max(1, total.numel()))
+    for start in range(0, first.samples, chunk):
+        span = slice(start, min(start + chunk, first.samples))
+        whole = sum(_gradients(signal, span) for signal in signals)
+        assert isinstance(whole, Tensor)
+        total += whole.square_().sum(0).view_as(total)
+    return total.mul_(per_sample**2 / first.samples)
+
+
+def _gradients(signal: Signal, span: slice) -> Tensor:
+    """Returns the gradients of some samples, ``(n, *shape)`` or ``(n, out, in)``, unscaled."""
+    if signal.per_sample is not None:
+        return signal.per_sample(span).flatten(1)
+    a, e = (t.unflatten(0, (signal.samples, -1))[span] for t in _rows(signal))
+    return torch.bmm(e.mT, a).flatten(1)
+
+
+def _rows(signal: Signal) -> tuple[Tensor, Tensor]:
+    assert signal.rows is not None, "a signal has rows or per-sample gradients"
+    return signal.rows()
