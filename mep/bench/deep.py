@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ class Training:
         seed: of the data order.
         look: steps between looks.
         rate: step -> factor on the learning rates; None for constant ones.
+        stream: returns the batches, the same every time; None for those of the data set.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Training:
     seed: int
     look: int
     rate: Callable[[int], float] | None = None
+    stream: Callable[[], Iterable[tuple[Tensor, Tensor]]] | None = None
 
 
 @dataclass
@@ -86,7 +88,8 @@ def train(run: Training, data: Dataset, path: Path) -> tuple[list[dict[str, Any]
     at, saved = _resume(run, path), time.monotonic()
     groups = run.optimizer.param_groups
     at.rates = at.rates or [group["lr"] for group in groups]
-    steps = enumerate(batches(data, run.batch, run.seed, run.steps))
+    source = run.stream() if run.stream else batches(data, run.batch, run.seed, run.steps)
+    steps = enumerate(source)
     for k, (x, y) in progress(steps, run.title, total=run.steps, transient=True):
         if k < at.step:
             continue

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mep.bench import continual as continual_benchmark
 from mep.bench import depth as depth_benchmark
 from mep.bench import memory as memory_benchmark
 from mep.bench import muon as muon_benchmark
@@ -113,6 +114,43 @@ def depth(
     with choices.running():
         record = depth_benchmark.run(config, data, out, choices.command_line(context))
     choices.show(depth_benchmark, record, out, "depth.png")
+
+
+@app.command()
+def continual(
+    context: typer.Context,
+    dataset: options.DatasetName = "mnist",
+    scenario: Annotated[
+        str, typer.Option(metavar="|".join(continual_benchmark.SCENARIOS), help="The tasks.")
+    ] = "permuted",
+    arms: Annotated[
+        str, typer.Option(metavar=",".join(continual_benchmark.ARMS), help="How it is learned.")
+    ] = "ep,ep-ewc,backprop-ewc",
+    tasks: Annotated[int, typer.Option(help="Number of tasks.")] = 10,
+    seeds: Annotated[str, typer.Option(help="One complete run each.")] = "0",
+    epochs: Annotated[int, typer.Option(help="Passes over every task.")] = 3,
+    width: Annotated[int, typer.Option(help="Units in each of two hidden layers.")] = 400,
+    batch: options.Batch = 128,
+    curvature: Annotated[int, typer.Option(help="Samples a task's curvature is taken of.")] = 2000,
+    kept: Annotated[int, typer.Option(help="Samples that replay keeps of every task.")] = 200,
+    search: Annotated[
+        int, typer.Option(help="Held-out tasks to choose rate and strength on; 0: no choice.")
+    ] = 3,
+    max_samples: options.MaxSamples = None,
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs/bench-continual"),
+) -> None:
+    """Learn tasks one after another, with and without a memory of those before."""
+    with choices.usage():
+        choices.prepare(out, "cpu")
+        data = choices.load(dataset, data_dir, max_samples)
+        config = continual_benchmark.ContinualConfig(
+            scenario, tuple(arms.split(",")), tasks, choices.integers("--seeds", seeds), epochs,
+            width, batch, curvature, kept, search,
+        )  # fmt: skip
+    with choices.running():
+        record = continual_benchmark.run(config, data, out, choices.command_line(context))
+    choices.show(continual_benchmark, record, out, "continual.png")
 
 
 @app.command()

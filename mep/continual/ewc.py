@@ -18,6 +18,7 @@ __all__ = ["EWC"]
 
 CURVATURES, MODES = ("kronecker", "diagonal"), ("separate", "online")
 
+
 class EWC(Penalty):
     """``lam/2 (theta - theta*)^T F (theta - theta*)``: the finished tasks' loss, to second order.
 

@@ -3,5 +3,16 @@
 from mep.data.catalogue import load, names
 from mep.data.dataset import Dataset
 from mep.data.idx import DataError, read_idx
+from mep.data.tasks import INCREMENTAL, Tasks, permuted, split
 
-__all__ = ["DataError", "Dataset", "load", "names", "read_idx"]
+__all__ = [
+    "INCREMENTAL",
+    "DataError",
+    "Dataset",
+    "Tasks",
+    "load",
+    "names",
+    "permuted",
+    "read_idx",
+    "split",
+]

@@ -67,6 +67,13 @@ class CrossEntropy(Cost):
 
     Targets are class indices ``(B, ...)`` in ``[0, C)``, of any integer type.
 
+    Args:
+        classes: the outputs that take part, where others belong to other tasks; targets are among
+            them. None for all.
+
+    Raises:
+        ValueError: if there are fewer than two classes, or one comes twice.
+
     >>> CrossEntropy().mean(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
 
@@ -74,6 +81,14 @@ class CrossEntropy(Cost):
     """
 
     name: ClassVar[str] = "cross_entropy"
+    classes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        chosen = self.classes
+        if chosen is not None and (len(chosen) < 2 or len({*chosen}) < len(chosen)):
+            raise ValueError(
+                f"`CrossEntropy(classes=...)` must be two or more different classes, got {chosen}"
+            )
 
     def prepare(self, target: Tensor, output: Tensor) -> Tensor:
         _same_device(target, output)
@@ -93,10 +108,34 @@ class CrossEntropy(Cost):
                 f"{tuple(output.shape)}, got {tuple(target.shape)}"
             )
         _check_classes(target, output.shape[1])
-        return target.long()
+        return target.long() if self.classes is None else self._places(target, output)
+
+    def _places(self, target: Tensor, output: Tensor) -> Tensor:
+        """Returns the targets' places among the classes that take part."""
+        assert self.classes is not None
+        if max(self.classes) >= output.shape[1] or min(self.classes) < 0:
+            raise ValueError(
+                f"`CrossEntropy(classes={self.classes})` needs an output for each, got "
+                f"{output.shape[1]} outputs"
+            )
+        places = torch.full((output.shape[1],), -1, device=target.device)
+        places[list(self.classes)] = torch.arange(len(self.classes), device=target.device)
+        found = places[target.long()]
+        if bool((found < 0).any()):
+            raise ValueError(f"`target` must hold classes among {self.classes}, got others")
+        return found
+
+    def _taking_part(self, s: Tensor) -> Tensor:
+        return s if self.classes is None else s[:, list(self.classes)]
+
+    def _spread(self, part: Tensor, s: Tensor) -> Tensor:
+        """Returns a gradient in all outputs: 0 for those that take no part."""
+        if self.classes is None:
+            return part
+        return torch.zeros_like(s).index_copy_(1, torch.tensor(self.classes).to(s.device), part)
 
     def value(self, s: Tensor, y: Tensor) -> Tensor:
-        per_position = F.cross_entropy(s, y, reduction="none")
+        per_position = F.cross_entropy(self._taking_part(s), y, reduction="none")
         return per_position if s.dim() == 2 else per_position.flatten(1).mean(1)
 
     def directions(self, s: Tensor) -> Iterator[Tensor]:
@@ -105,24 +144,24 @@ class CrossEntropy(Cost):
                 "the exact Fisher information of cost 'cross_entropy' takes outputs (B, classes), "
                 f"got {tuple(s.shape)}; use fisher='empirical'"
             )
-        p = torch.softmax(s, 1)
-        for k in range(s.shape[1]):
+        p = torch.softmax(self._taking_part(s), 1)
+        for k in range(p.shape[1]):
             missed = torch.zeros_like(p)
             missed[:, k] = 1
-            yield p[:, k : k + 1].sqrt() * (p - missed)
+            yield self._spread(p[:, k : k + 1].sqrt() * (p - missed), s)
 
     def drawn(self, s: Tensor) -> Tensor:
-        classes = torch.softmax(s, 1).movedim(1, -1).flatten(0, -2)
+        classes = torch.softmax(self._taking_part(s), 1).movedim(1, -1).flatten(0, -2)
         y = torch.multinomial(classes, 1).view(s.shape[:1] + s.shape[2:])
         return self.gradient(s, y)
 
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
-        p = torch.softmax(s, 1)
+        p = torch.softmax(self._taking_part(s), 1)
         index = y.unsqueeze(1)
         # p_y - 1 loses all its digits for well-classified samples; the other classes' sum does not.
         p = p.scatter(1, index, 0.0)
         p.scatter_(1, index, -p.sum(1, keepdim=True))
-        return p if s.dim() == 2 else p / y[0].numel()
+        return self._spread(p if s.dim() == 2 else p / y[0].numel(), s)
 
 
 @dataclass(frozen=True)
