@@ -21,6 +21,7 @@ from mep.bench.table import Table, number, percent
 from mep.continual import Penalty
 from mep.data import Dataset, Tasks, permuted, split
 from mep.training import atomic_write
+from mep.updates import Rule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +31,8 @@ __all__ = ["ARMS", "SCENARIOS", "ContinualConfig", "plot", "run", "table"]
 SCENARIOS = ("permuted", "split-domain", "split-task", "split-class")
 _MOMENTUM = 0.9
 _RATES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
-# Held-out permutations are those of seeds from here on.
-_HELD_OUT = 1_000_000
+# The seed of held-out permutations, and one training sample in so many that is judged on.
+_HELD_OUT, _SHARE = 1_000_000, 6
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Arm:
     mode: str = "ep"
     penalty: Callable[[float], Penalty] | None = None
     strengths: tuple[float, ...] = ()
-    rule: Callable[[], mep.updates.Rule] = mep.SGD
+    rule: Callable[[], Rule] = mep.SGD
     replay: bool = False
     joint: bool = False
 
@@ -66,6 +67,7 @@ class Arm:
 
 _factors = partial(mep.EWC, curvature="kronecker")
 _diagonal = partial(mep.EWC, curvature="diagonal")
+_DIAGONAL = (10.0, 30.0, 100.0)
 _online = partial(mep.EWC, curvature="diagonal", mode="online")
 _feedback = partial(mep.ErrorFeedback, mep.TopK(0.1))
 
@@ -75,11 +77,9 @@ ARMS = {
     "ep-feedback": Arm("EP, error feedback (top 10 %)", rule=_feedback),
     "backprop-ewc": Arm("backprop, EWC (Kronecker)", "backprop", _factors, (0.3, 1.0, 3.0)),
     "ep-ewc": Arm("EP, EWC (Kronecker)", "ep", _factors, (0.3, 1.0, 3.0)),
-    "backprop-diagonal": Arm(
-        "backprop, EWC (diagonal)", "backprop", _diagonal, (10.0, 30.0, 100.0)
-    ),
-    "ep-diagonal": Arm("EP, EWC (diagonal)", "ep", _diagonal, (10.0, 30.0, 100.0)),
-    "ep-online": Arm("EP, EWC (diagonal, online)", "ep", _online, (10.0, 30.0, 100.0)),
+    "backprop-diagonal": Arm("backprop, EWC (diagonal)", "backprop", _diagonal, _DIAGONAL),
+    "ep-diagonal": Arm("EP, EWC (diagonal)", "ep", _diagonal, _DIAGONAL),
+    "ep-online": Arm("EP, EWC (diagonal, online)", "ep", _online, _DIAGONAL),
     "ep-si": Arm("EP, synaptic intelligence", "ep", mep.SynapticIntelligence, (0.03, 0.1, 0.3)),
     "ep-replay": Arm("EP, replay", replay=True),
     "joint": Arm("backprop, all tasks at once", "backprop", joint=True),
@@ -100,8 +100,9 @@ class ContinualConfig:
         batch: samples per update, >= 1.
         curvature: training samples from which a task's curvature is taken, >= 1.
         kept: samples that replay keeps of every task, >= 1.
-        search: held-out tasks on which rate and strength are chosen, one epoch each; 0 takes the
-            middle of every grid.
+        search: held-out permutations on which rate and strength are chosen, one epoch each, by
+            accuracy on training samples that are held out, too; a split has its own tasks only. 0
+            takes the middle of every grid.
 
     Raises:
         ValueError: for a value out of range.
@@ -168,15 +169,22 @@ def _chosen(
     grid = ARMS[arm].grid
     if not config.search:
         return grid[len(grid) // 2]
-    seed = _HELD_OUT if config.scenario == "permuted" else config.seeds[-1] + 1
     count = config.search if config.scenario == "permuted" else config.tasks
-    tasks, reached = _tasks(config, data, count, seed), []
+    seed, reached = _HELD_OUT, []
+    tasks = _tasks(config, _without_test(data), count, seed)
     for rate, lam in grid:
         found = _part(config, tasks, arm, seed, rate, lam, 1, out)
         reached.append(mean(found[-1]["accuracies"]))
         rows.append({"kind": "search", "arm": arm, "seed": seed, "lr": rate, "lam": lam,
                      "accuracy": reached[-1], "skipped": found[-1]["skipped"]})  # fmt: skip
     return grid[reached.index(max(reached))]
+
+
+def _without_test(data: Dataset) -> Dataset:
+    """The data set that choices are made on: no test sample has a say in them."""
+    count = max(1, len(data.x_train) // _SHARE)
+    x, y = data.x_train, data.y_train
+    return Dataset(data.name, x[count:], y[count:], x[:count], y[:count], data.classes)
 
 
 def _tasks(config: ContinualConfig, data: Dataset, count: int, seed: int) -> Tasks:
@@ -213,8 +221,9 @@ def _learner(config: ContinualConfig, tasks: Tasks, identity: dict[str, Any]) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = mep.models.mlp(pixels, [config.width] * 2, tasks.outputs, nn.ReLU)
+    groups = [{"params": [*model.parameters()], "initial_lr": rate}]
     optimizer = mep.EPOptimizer(
-        model.parameters(), model=model, mode=how.mode, lr=rate, momentum=_MOMENTUM,
+        groups, model=model, mode=how.mode, lr=rate, momentum=_MOMENTUM,
         update=how.rule(), penalty=how.penalty(lam) if how.penalty and lam is not None else None,
     )  # fmt: skip
     size = mean(tasks.size(t) for t in range(len(tasks)))

@@ -32,6 +32,7 @@ class Learner:
         identity: what makes it this run; a checkpoint of another is refused.
         model: at its start.
         optimizer: takes a step on a batch; its penalty, if any, remembers every task but the last.
+            Its groups have an ``"initial_lr"``.
         updates: per task, >= 1.
         batch: samples per update.
         seed: of the data order.
@@ -71,19 +72,17 @@ def learn(run: Learner, tasks: Tasks, folder: Path) -> list[dict[str, Any]]:
     rows = _resume(run, between)
     last = len(tasks) - 1
     if not rows:
-        rows.append({"task": -1, "accuracies": [_accuracy(run.model, tasks, u) for u in (0, 1)
-                                                if u <= last]})  # fmt: skip
-    for t in [last] if run.joint else range(len(rows) - 1, last + 1):
-        if run.joint and len(rows) > 1:
-            break
+        rows.append({"task": -1, "accuracies": [_accuracy(run.model, tasks, u) for u in range(2)]})
+    first = last if run.joint else 0
+    for t in range(first + len(rows) - 1, last + 1):
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]  # which has fallen to zero in the task before
         looks, _ = train(_training(run, tasks, t), _glance(tasks, t), within)
         if run.optimizer.penalty is not None and t < last:
             _consolidate(run, tasks, t)
         own = {key: value for key, value in looks[-1].items() if key not in ("accuracy", "step")}
-        seen = range(min(t + 2, last + 1))
-        rows.append(
-            {"task": t, "accuracies": [_accuracy(run.model, tasks, u) for u in seen], **own}
-        )
+        reached = [_accuracy(run.model, tasks, u) for u in range(min(t + 2, last + 1))]
+        rows.append({"task": t, "accuracies": reached, **own})
         _save(run, between, rows)
         within.unlink(missing_ok=True)
     return rows

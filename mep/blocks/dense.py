@@ -17,19 +17,30 @@ __all__ = ["DenseBlock", "DensePoint"]
 
 
 class DensePoint(Point):
-    """A point that knows its arithmetic, and where tensors like its input and prediction are."""
+    """A point that knows its arithmetic, and where tensors like its input and prediction are.
+
+    Attributes:
+        in_run: whether a run has made it, together with those of its other blocks.
+    """
 
     def __init__(
-        self, s: Tensor, y: Tensor, between: Elementwise, inputs: Shelf, outputs: Shelf
+        self,
+        s: Tensor,
+        y: Tensor,
+        between: Elementwise,
+        inputs: Shelf,
+        outputs: Shelf,
+        in_run: bool = False,
     ) -> None:
         self.values, self.memos = [s, y], [None]
         self.between = between
         self.inputs = inputs
         self.outputs = outputs
+        self.in_run = in_run
 
     def moved(self, y: Tensor) -> DensePoint:
         """Returns the point at a displaced state, whose activity is ``y``."""
-        return DensePoint(self.values[0], y, self.between, self.inputs, self.outputs)
+        return DensePoint(self.values[0], y, self.between, self.inputs, self.outputs, self.in_run)
 
     def room(self) -> Tensor:
         """Returns a tensor like the input, to write into."""
@@ -53,7 +64,7 @@ class DenseBlock(ClosedBlock):
         assert isinstance(lead, Pointwise)
         self.activation = lead.activation
         self._of_layer: dict[str, Any] = layer.module._parameters
-        self._transpose: Tensor | None = None
+        self._transpose: tuple[tuple, Tensor] | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -64,12 +75,13 @@ class DenseBlock(ClosedBlock):
     def transpose(self) -> Tensor:
         """The weight's transpose: a view that is kept, for a new one costs as much as an addition.
 
-        While it is kept, its memory is nobody else's, so that the address tells whose it is.
+        While it is kept, its memory is nobody else's, so that address and layout tell whose it is.
         """
-        weight, kept = self._of_layer["weight"], self._transpose
-        if kept is None or kept.data_ptr() != weight.data_ptr():
-            kept = self._transpose = weight.detach().t()
-        return kept
+        weight = self._of_layer["weight"]
+        where = weight.data_ptr(), weight.shape, weight.stride()
+        if self._transpose is None or self._transpose[0] != where:
+            self._transpose = where, weight.detach().t()
+        return self._transpose[1]
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -114,7 +126,7 @@ class DenseBlock(ClosedBlock):
             return super().pull(point, product)
         e = point.room()
         s, y = point.values
-        point.between.pull(s, y, product, e)
+        point.between.pull(s, y, product.contiguous(), e)
         return e
 
     def difference(self, point: Point, d: Tensor) -> tuple[Tensor, Point]:
@@ -136,6 +148,7 @@ class DenseBlock(ClosedBlock):
             return super().advance(point, d, product, e)
         (s, y), change, y_new = point.values, point.room(), point.room()
         norm = torch.empty_like(d[:, 0])
+        product, e = product.contiguous(), e.contiguous()
         point.between.nudge(s, y, d, product, e, change, y_new, norm)
         delta = torch.mm(change, self.transpose, out=point.outputs.take())
         point.inputs.give(change)

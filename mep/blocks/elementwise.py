@@ -74,6 +74,9 @@ class _Fused(Elementwise):
         self.kernels = kernels
 
     def activate(self, s: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        if bias is not None and not (bias.is_contiguous() and bias.shape == s.shape[1:]):
+            s.add_(bias)
+            bias = None
         at = 0 if bias is None else bias.data_ptr()
         self.kernels.activate(s.data_ptr(), at, y.data_ptr(), *s.shape)
 

@@ -134,14 +134,14 @@ class DenseRun(Run):
     blocks: list[DenseBlock]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def free(self, s: Tensor, x: Tensor) -> tuple[list[Tensor], list[Any]]:
-        if not lending() or s.dim() != 2 or s.shape[1] != self.blocks[0].width:
+        if not lending() or s.dim() != 2 or not self._fits(s):
             return super().free(s, x)
         between, s = elementwise_of(self.blocks[0].activation, s), s.contiguous()
         inputs, states, points, bias = shelf(s), self._above(s), [], None
         for block, y, f in zip(self.blocks, self._below(s), states, strict=True):
             between.activate(s, bias, y)
             outputs = inputs if f is not states[-1] else shelf(f)
-            points.append(DensePoint(s, y, between, inputs, outputs))
+            points.append(DensePoint(s, y, between, inputs, outputs, in_run=True))
             s, bias = torch.mm(y, block.transpose, out=f), block.bias
         if bias is not None:
             s.add_(bias)
@@ -196,6 +196,15 @@ class DenseRun(Run):
             yield from whole.signals(k, block)
         yield from self.blocks[-1].signals(points[-1], above[-1], scale)
 
+    def _fits(self, s: Tensor) -> bool:
+        """True if all weights still are what they were when the run was found."""
+        square, *others = s.shape[1], *(block.weight.shape for block in self.blocks)
+        return (
+            all(shape == (square, square) for shape in others[:-1])
+            and others[-1][1] == square
+            and all(block.weight.dtype == s.dtype for block in self.blocks)
+        )
+
     def _below(self, like: Tensor) -> list[Tensor]:
         """Returns tensors for something below every block."""
         return shelf(like, (len(self.blocks), *like.shape)).lend_rows()
@@ -217,7 +226,7 @@ class _Gradients:
 
     def __init__(self, activities: Tensor, errors: Tensor, scale: float) -> None:
         self._activities, self._errors, self._scale = activities, errors, scale
-        self._given: set[tuple[Callable, int]] = set()
+        self._given: set[tuple[str, int]] = set()
 
     def signals(self, k: int, block: DenseBlock) -> Iterator[Signal]:
         """Yields one block's signals."""
@@ -237,17 +246,17 @@ class _Gradients:
         return torch.ones_like(e[:, :1]), e
 
     def _weight(self, k: int) -> Tensor:
-        if self._first(self._weight, k):
+        if self._first("weight", k):
             return self._weights[k]
         a, e = self._rows(k)
         return (e.t() @ a).mul_(self._scale)
 
     def _bias(self, k: int) -> Tensor:
-        if self._first(self._bias, k):
+        if self._first("bias", k):
             return self._biases[k]
         return self._errors[k].sum(0).mul_(self._scale)
 
-    def _first(self, what: Callable, k: int) -> bool:
+    def _first(self, what: str, k: int) -> bool:
         """A gradient belongs to whom it was given, and may have been changed by a second time."""
         given = (what, k) in self._given
         self._given.add((what, k))
@@ -270,7 +279,7 @@ class _Gradients:
 
 
 def _together(points: list[Any]) -> bool:
-    return lending() and all(isinstance(point, DensePoint) for point in points)
+    return lending() and all(isinstance(point, DensePoint) and point.in_run for point in points)
 
 
 def runs_of(blocks: Sequence[Block]) -> list[Run]:

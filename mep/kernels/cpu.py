@@ -23,6 +23,8 @@ from numba.extending import intrinsic
 __all__ = ["Kernels", "kernels"]
 
 _f32 = numba.float32
+# From this product of value and displacement on, a unit may end up on the other side.
+_CROSSING = _f32(-0.5)
 # Sums may be reordered and products contracted; NaN and infinity keep their meaning.
 _ARITHMETIC: dict[str, Any] = {
     "nogil": True,
@@ -60,7 +62,7 @@ def _floats(typingctx: Any, address: Any) -> Any:
 
 @njit(inline="always")
 def _tanh(x):  # pragma: no cover
-    """A quotient of odd and even polynomials, to 4e-7 of the value at every argument."""
+    """A quotient of odd and even polynomials, to 4e-7 of the value."""
     c = min(max(x, _f32(-7.9988117)), _f32(7.9988117))
     q = c * c
     odd = q * _f32(-2.76076847742355e-16) + _f32(2.00018790482477e-13)
@@ -72,7 +74,7 @@ def _tanh(x):  # pragma: no cover
     even = q * _f32(1.19825839466702e-06) + _f32(1.18534705686654e-04)
     even = q * even + _f32(2.26843463243900e-03)
     even = q * even + _f32(4.89352518554385e-03)
-    return c * odd / even if x == x else x  # the clamp would swallow a NaN
+    return c * (odd / even) if x == x else x  # whatever a clamp makes of a NaN
 
 
 @njit(inline="always")
@@ -85,6 +87,12 @@ def _tanh_change(s, y, d):  # pragma: no cover
     """``tanh(s + d) - tanh s = t (1 - y^2) / (1 + y t)`` with ``t = tanh d``."""
     t = _tanh(d)
     return t * (_f32(1) - y * y) / (_f32(1) + y * t)
+
+
+@njit(inline="always")
+def _tanh_crossing(s, y, d):  # pragma: no cover
+    """The same for a unit on its way to the other end, where quotient and square lose digits."""
+    return _tanh(s + d) - y if y * d < _CROSSING else _tanh_change(s, y, d)
 
 
 @njit(inline="always")
@@ -105,8 +113,8 @@ def _relu_change(s, y, d):  # pragma: no cover
 
 
 _ACTIVATIONS = {
-    "tanh": (_tanh, _tanh_slope, _tanh_change),
-    "relu": (_relu, _relu_slope, _relu_change),
+    "tanh": (_tanh, _tanh_slope, _tanh_change, _tanh_crossing),
+    "relu": (_relu, _relu_slope, _relu_change, _relu_change),
 }
 
 
@@ -115,7 +123,7 @@ def kernels(activation: str) -> Kernels | None:
     """Returns the kernels of an activation, or None if it has none here."""
     if activation not in _ACTIVATIONS:
         return None
-    value, slope, change_of = _ACTIVATIONS[activation]
+    value, slope, change_of, crossing = _ACTIVATIONS[activation]
 
     @njit(**_ARITHMETIC)
     def activate(s_, bias_, y_, batch, n):  # pragma: no cover
@@ -153,14 +161,24 @@ def kernels(activation: str) -> Kernels | None:
         change = numba.carray(_floats(change_), (batch, n))
         y_new = numba.carray(_floats(y_new_), (batch, n))
         for b in range(batch):
-            row = _f32(0)
+            row, crossings = _f32(0), _f32(0)  # a count: a minimum would not be vectorised
             for j in range(n):
+                crossings += _f32(1) if y[b, j] * d[b, j] < _CROSSING else _f32(0)
                 moved = change_of(s[b, j], y[b, j], d[b, j])
                 value_new = y[b, j] + moved
                 change[b, j] = moved
                 y_new[b, j] = value_new
                 force = slope(value_new) * p[b, j] - e[b, j]
                 row += force * force
+            if crossings > 0:  # hardly ever: the whole row again, with care
+                row = _f32(0)
+                for j in range(n):
+                    moved = crossing(s[b, j], y[b, j], d[b, j])
+                    value_new = y[b, j] + moved
+                    change[b, j] = moved
+                    y_new[b, j] = value_new
+                    force = slope(value_new) * p[b, j] - e[b, j]
+                    row += force * force
             norm[b] = math.sqrt(row)
 
     return Kernels(activate, pull, nudge)
