@@ -62,7 +62,7 @@ class Arm:
         """Learning rates and strengths: six points for every arm."""
         if self.penalty is None:
             return [(rate, None) for rate in _RATES]
-        return [(rate, lam) for rate in _RATES[1:3] for lam in self.strengths]
+        return [(rate, lam) for rate in _RATES[2:5:2] for lam in self.strengths]
 
 
 _factors = partial(mep.EWC, curvature="kronecker")
@@ -75,8 +75,8 @@ ARMS = {
     "backprop": Arm("backprop", "backprop"),
     "ep": Arm("EP"),
     "ep-feedback": Arm("EP, error feedback (top 10 %)", rule=_feedback),
-    "backprop-ewc": Arm("backprop, EWC (Kronecker)", "backprop", _factors, (0.3, 1.0, 3.0)),
-    "ep-ewc": Arm("EP, EWC (Kronecker)", "ep", _factors, (0.3, 1.0, 3.0)),
+    "backprop-ewc": Arm("backprop, EWC (Kronecker)", "backprop", _factors, (1.0, 3.0, 10.0)),
+    "ep-ewc": Arm("EP, EWC (Kronecker)", "ep", _factors, (1.0, 3.0, 10.0)),
     "backprop-diagonal": Arm("backprop, EWC (diagonal)", "backprop", _diagonal, _DIAGONAL),
     "ep-diagonal": Arm("EP, EWC (diagonal)", "ep", _diagonal, _DIAGONAL),
     "ep-online": Arm("EP, EWC (diagonal, online)", "ep", _online, _DIAGONAL),
