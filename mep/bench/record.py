@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ def environment() -> dict[str, Any]:
     """Describe where this runs, without paths or the name of the machine.
 
     Returns:
-        Versions of library, torch and Python; processor, threads and accelerator; the commit and
-        whether files differ from it (both None outside a git checkout).
+        Versions of library, torch, Python and numba (None: no fused kernels); processor, threads
+        and accelerator; the commit and whether files differ from it (both None outside a git
+        checkout).
 
     Example:
         >>> sorted(environment())[:3]
@@ -37,6 +39,7 @@ def environment() -> dict[str, Any]:
         "mep": mep.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "numba": _version("numba"),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
@@ -44,6 +47,13 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass
