@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mep
-from mep.bench import Record, Table, environment, interleave, publish, spread
+from mep.bench import Record, Table, environment, interleave, publish, spread, steps
 from mep.bench import diagnose as diagnose_bench
 from mep.bench import settle as settle_bench
 from mep.bench import speed as speed_bench
@@ -279,21 +279,45 @@ def test_backprop_alone_and_the_limit(data, tmp_path):
 # The others
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
-def test_speed(tmp_path, activation):
-    config = speed_bench.SpeedConfig((2, 4), activation, width=8, batch=4, rounds=3, warmup=1)
+@pytest.mark.parametrize("net", ["tanh", "relu"])
+def test_speed(tmp_path, net):
+    every = tuple(key for key in speed_bench.ARMS if key != "compiled")
+    config = speed_bench.SpeedConfig((net,), (2, 4), (8,), (4,), every, rounds=3, warmup=1)
     found = speed_bench.run(config, "mep bench speed")
-    assert len(found.rows) == 2 * 3 * 4  # depths, rounds, arms
-    assert {row["arm"] for row in found.rows} == set(speed_bench.ARMS)
+    assert len(found.rows) == 2 * 3 * len(every)  # depths, rounds, arms
     entries = {(entry["depth"], entry["arm"]): entry for entry in found.summary["arms"]}
     ours = entries[4, "EP"]
     ratios = sorted(r["ratio"] for r in found.rows if r["arm"] == "EP" and r["depth"] == 4)
     assert ours["ratio"] == ratios[1]
     assert ours["ratio_iqr"] == pytest.approx((ratios[2] - ratios[0]) / 2)
-    assert entries[4, "backprop"]["ratio"] == 1.0
+    rivals = ["backprop", "backprop, foreach SGD", "backprop, fused SGD"]
+    fastest = min(rivals, key=lambda arm: entries[4, arm]["ms"])
+    assert {ours["baseline"], entries[4, fastest]["baseline"]} == {fastest}
+    assert entries[4, fastest]["ratio"] == entries[4, "bare products"]["floors"] == 1.0
     assert ours["c"] == pytest.approx(0.05) and 0 < ours["residual"] < 1
     publish(tmp_path, found, speed_bench.table(found), speed_bench.plot(found), "speed.png")
     assert "limit (= backprop)" in (tmp_path / "table.txt").read_text()
+
+
+@pytest.mark.parametrize(("net", "width"), [("cnn", 2), ("residual", 8), ("transformer", 8)])
+def test_speed_of_other_nets(net, width):
+    config = speed_bench.SpeedConfig((net,), (3,), (width,), (4,), ("backprop", "ep"), 2, 0)
+    found = speed_bench.run(config, "mep bench speed")
+    assert {(row["net"], row["arm"]) for row in found.rows} == {(net, "backprop"), (net, "EP")}
+
+
+def test_the_floor_is_the_products_of_an_update(monkeypatch):
+    """L + (L - 1) + (L - 1) + L of them, of the sizes that the layers have."""
+    case = steps.case_of("tanh", 4, 8, 5, 0, torch.device("cpu"))
+    step = steps.arms_of(case, ("floor",), sweeps=1, c=0.05)["bare products"]
+    seen, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append((*a.shape, b.shape[1])) or out)
+    step()
+    monkeypatch.setattr(torch, "mm", mm)
+    forward = [(5, 784, 8), (5, 8, 8), (5, 8, 8), (5, 8, 10)]
+    down = [(5, 10, 8), (5, 8, 8), (5, 8, 8)]
+    contrast = [(8, 5, 784), (8, 5, 8), (8, 5, 8), (10, 5, 8)]
+    assert seen == forward + down + forward[1:] + contrast
 
 
 @pytest.mark.parametrize(
@@ -301,8 +325,12 @@ def test_speed(tmp_path, activation):
     [
         ({"depths": ()}, "`depths` must be"),
         ({"depths": (3, 1)}, "`depths` must be"),
-        ({"activation": "gelu"}, "`activation` must be one of"),
-        ({"width": 0}, "`width` must be >= 1, got 0"),
+        ({"nets": ("gelu",)}, "`nets` must be some of"),
+        ({"arms": ("magic",)}, "`arms` must be some of"),
+        ({"arms": ("ep",)}, "`arms` must have one of"),
+        ({"nets": ("cnn",), "arms": ("backprop", "floor")}, "the floor of bare products"),
+        ({"widths": (0,)}, "`widths` must be one or more numbers >= 1"),
+        ({"batches": ()}, "`batches` must be one or more"),
         ({"rounds": 0}, "`rounds` must be >= 1, got 0"),
         ({"warmup": -1}, "`warmup` must be >= 0, got -1"),
         ({"c": 0.0}, "`c` must be > 0, got 0"),

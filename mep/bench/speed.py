@@ -1,61 +1,45 @@
-"""Time per update: EP against eager backprop, against depth, interleaved in one process."""
+"""Time per update: EP beside backprop in its fastest forms, interleaved in one process."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 import mep
 from mep.bench.plot import canvas, styled
 from mep.bench.record import Record
-from mep.bench.regime import LIMIT, label, measure
-from mep.bench.stepping import tanh_net
+from mep.bench.regime import label, measure
+from mep.bench.steps import ARMS, EAGER, EP, FLOOR, NETS, Case, arms_of, case_of
 from mep.bench.table import Table, number
-from mep.bench.timing import Findings, interleave, spread
+from mep.bench.timing import interleave, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SpeedConfig", "plot", "run", "table"]
+__all__ = ["ARMS", "NETS", "SpeedConfig", "plot", "run", "table"]
 
-EP, BACKPROP, FUSED = "EP", "backprop", "backprop, fused SGD"
-ARMS = (BACKPROP, FUSED, EP, LIMIT)
-
-# At rate 0 an update does all its arithmetic, and every round times the same network.
-_LR, _MOMENTUM = 0.0, 0.9
-
-
-def _relu_net(depth: int, width: int) -> nn.Module:
-    model = mep.models.deep_mlp(depth, width)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 1e-4 * torch.randn_like(parameter)
-    return model
-
-
-_NETS = {"tanh": tanh_net, "relu": _relu_net}
+_Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """What is timed.
+    """What is timed: every net at every depth, width and batch size.
 
     Args:
-        depths: numbers of weighted layers, each >= 2.
-        activation: ``"tanh"`` with an orthogonal start, or ``"relu"`` with the identity start,
-            shaken a little: as after a first update, dead units sit close to their kinks, and
-            settling takes a second sweep.
-        width: units per hidden layer, >= 1.
-        batch: samples per update, >= 1.
-        rounds: timed rounds per depth, >= 1.
+        nets: some of ``NETS``: ``"tanh"`` is plain with an orthogonal start; ``"relu"`` has the
+            identity start, shaken a little: as after a first update, dead units sit close to their
+            kinks, and settling takes a second sweep.
+        depths: numbers of weighted layers (or of a transformer's blocks), each >= 2.
+        widths: units per hidden layer, or channels, each >= 1.
+        batches: samples per update, each >= 1.
+        arms: some of ``ARMS``, one of backprop's eager ones among them.
+        rounds: timed rounds per case, >= 1.
         warmup: rounds before them, >= 0.
         sweeps: at most this many sweeps per nudged phase, >= 1.
         c: relative nudging strength of `mep.AutoBeta`, > 0.
@@ -66,10 +50,11 @@ class SpeedConfig:
         ValueError: for a value out of range.
     """
 
+    nets: tuple[str, ...] = ("tanh",)
     depths: tuple[int, ...] = (3, 10, 100)
-    activation: str = "tanh"
-    width: int = 128
-    batch: int = 128
+    widths: tuple[int, ...] = (128,)
+    batches: tuple[int, ...] = (128,)
+    arms: tuple[str, ...] = ("backprop", "foreach", "fused", "ep", "limit")
     rounds: int = 30
     warmup: int = 5
     sweeps: int = 3
@@ -78,89 +63,73 @@ class SpeedConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        lowest = {"width": 1, "batch": 1, "rounds": 1, "warmup": 0, "sweeps": 1}
-        for name, low in lowest.items():
+        for name, low in {"rounds": 1, "warmup": 0, "sweeps": 1}.items():
             if getattr(self, name) < low:
                 raise ValueError(f"`{name}` must be >= {low}, got {getattr(self, name)}.")
-        if not self.depths or min(self.depths) < 2:
-            raise ValueError(f"`depths` must be one or more numbers >= 2, got {self.depths}.")
-        if self.activation not in _NETS:
-            raise ValueError(
-                f"`activation` must be one of {sorted(_NETS)}, got {self.activation!r}."
-            )
+        for name, low in {"depths": 2, "widths": 1, "batches": 1}.items():
+            values = getattr(self, name)
+            if not values or min(values) < low:
+                raise ValueError(f"`{name}` must be one or more numbers >= {low}, got {values}.")
+        for name, known in {"nets": NETS, "arms": ARMS}.items():
+            values = getattr(self, name)
+            if not values or not {*values} <= {*known}:
+                raise ValueError(f"`{name}` must be some of {tuple(known)}, got {values}.")
+        if not {*self.arms} & {*EAGER}:
+            raise ValueError(f"`arms` must have one of {EAGER} to compare with, got {self.arms}.")
+        if "floor" in self.arms and not {*self.nets} <= {"tanh", "relu"}:
+            raise ValueError("`arms`: the floor of bare products is that of plain nets alone.")
         if not self.c > 0:
             raise ValueError(f"`c` must be > 0, got {self.c}.")
 
 
 def run(config: SpeedConfig, command: str) -> Record:
-    """Time one update of every arm at every depth.
+    """Time one update by every method at every case.
 
-    The arms are plain ``loss.backward()`` with `torch.optim.SGD` as it comes and with its fused
-    kernel (which EP's own rule uses), EP at a finite nudge, and the limit under its own name, each
-    with its own copy of one network. Data are random and the
-    learning rate is 0, so that the network stays what it is.
+    Each method has its own copy of one network. Data are random and the learning rate is 0, so that
+    the network stays what it is. Ratios are to the fastest eager backprop of the case: the one of
+    the default, the foreach and the fused SGD with the smallest median, in the same round.
 
     Args:
         config: what is timed.
         command: the command line, for the record.
 
     Returns:
-        The record: a row per depth, round and arm; the summary has, per depth and arm, median and
-        quartiles of the time and of the per-round ratio to backprop.
+        The record: a row per case, round and arm; the summary has, per case and arm, median and
+        quartiles of the time and of the per-round ratio.
     """
     rows, summary = [], []
-    for depth in config.depths:
-        timed, regime = _one_depth(config, depth)
-        rows += [{"depth": depth, **row} for row in timed]
-        summary += [_summary(depth, arm, timed, regime) for arm in ARMS]
+    for case in _cases(config):
+        timed, regime = _one_case(config, case)
+        rows += [{**case.name, **row} for row in timed]
+        summary += [{**case.name, **_summary(ARMS[key], timed, regime)} for key in config.arms]
     return Record(command, asdict(config), rows, {"arms": summary})
 
 
-def _one_depth(config: SpeedConfig, depth: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _cases(config: SpeedConfig) -> Iterator[Case]:
     device = torch.device(config.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        model = _NETS[config.activation](depth, config.width).to(device)
-        x = torch.randn(config.batch, 1, 28, 28).to(device)
-        y = torch.randint(10, (config.batch,)).to(device)
+    for net, depth, width, batch in product(
+        config.nets, config.depths, config.widths, config.batches
+    ):
+        yield case_of(net, depth, width, batch, config.seed, device)
+
+
+def _one_case(config: SpeedConfig, case: Case) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     sweep, nudge = mep.Sweep(max_sweeps=config.sweeps), mep.AutoBeta(c=config.c)
-    regime = measure(mep.diagnose(copy.deepcopy(model), x, y, settler=sweep, beta=nudge))
-    arms = {
-        BACKPROP: _backprop(copy.deepcopy(model), x, y, fused=False),
-        FUSED: _backprop(copy.deepcopy(model), x, y, fused=True),
-        EP: _ep(copy.deepcopy(model), x, y, settler=sweep, beta=nudge),
-        LIMIT: _ep(copy.deepcopy(model), x, y, settler=mep.Limit(), beta=nudge),
-    }
-    rows = interleave(arms, config.rounds, config.warmup, baseline=BACKPROP, clock=_clock(device))
-    return rows, regime
-
-
-def _backprop(model: nn.Module, x: Tensor, y: Tensor, *, fused: bool) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=_LR, momentum=_MOMENTUM, fused=fused or None)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
-
-
-def _ep(model: nn.Module, x: Tensor, y: Tensor, settler: Any, beta: Any) -> Callable[[], Findings]:
-    optimizer = mep.EPOptimizer(
-        model.parameters(), model=model, settler=settler, beta=beta, lr=_LR, momentum=_MOMENTUM
-    )
-
-    def findings() -> Mapping[str, Any]:
-        last = optimizer.last
-        assert last is not None  # an EP step has just been taken
-        return {"residual": last.median, "sweeps": last.sweeps, "status": last.status}
-
-    def step() -> Findings:
-        optimizer.step(x=x, target=y)
-        return findings
-
-    return step
+    regime = measure(mep.diagnose(case.make(), case.x, case.y, settler=sweep, beta=nudge))
+    arms = arms_of(case, config.arms, sweeps=config.sweeps, c=config.c)
+    rivals = [ARMS[key] for key in config.arms if key in EAGER]
+    timed = interleave(
+        arms, config.rounds, config.warmup, baseline=rivals[0],
+        clock=_clock(torch.device(config.device)),
+    )  # fmt: skip
+    fastest = min(rivals, key=lambda arm: median(r["ms"] for r in timed if r["arm"] == arm))
+    times = {(row["round"], row["arm"]): row["ms"] for row in timed}
+    for row in timed:
+        row["baseline"] = fastest
+        row["ratio"] = row["ms"] / times[row["round"], fastest]
+        if (row["round"], FLOOR) in times:
+            row["floors"] = row["ms"] / times[row["round"], FLOOR]
+    return timed, regime
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
@@ -172,72 +141,85 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return clock
 
 
-def _summary(
-    depth: int, arm: str, rows: Sequence[Mapping[str, Any]], regime: Mapping[str, Any]
-) -> dict[str, Any]:
+def _summary(arm: str, rows: Sequence[_Row], regime: _Row) -> dict[str, Any]:
     own = [row for row in rows if row["arm"] == arm]
-    summary: dict[str, Any] = {"depth": depth, "arm": arm}
-    for key in ("ms", "ratio"):
-        middle, low, high = spread([row[key] for row in own])
-        summary |= {key: middle, f"{key}_quartiles": [low, high], f"{key}_iqr": high - low}
-    if arm == EP:
-        summary |= {**regime, "residual": spread([row["residual"] for row in own])[0]}
+    summary: dict[str, Any] = {"arm": arm, "baseline": own[0]["baseline"]}
+    for key in ("ms", "ratio", "floors"):
+        if key in own[0]:
+            middle, low, high = spread([row[key] for row in own])
+            summary |= {key: middle, f"{key}_quartiles": [low, high], f"{key}_iqr": high - low}
+    if "residual" in own[0]:
+        summary["residual"] = spread([row["residual"] for row in own])[0]
         summary["statuses"] = sorted({row["status"] for row in own})
-    return summary
+    return {**summary, **regime} if arm == EP else summary
 
 
 def table(record: Record) -> Table:
-    """One line per depth and arm."""
+    """One line per case and arm."""
     config = record.config
     return Table(
-        f"time per update, {config['activation']}, width {config['width']}, "
-        f"batch {config['batch']}, "
-        f"{config['rounds']} interleaved rounds, {record.environment['threads']} threads",
-        ["arm", "depth", "ms", "x backprop", "residual", "c"],
+        f"time per update, {config['rounds']} interleaved rounds, "
+        f"{record.environment['threads']} threads",
+        ["arm", "net", "depth", "width", "batch", "ms", "x backprop", "x floor", "residual", "c"],
         [_line(entry) for entry in record.summary["arms"]],
         "ms: median time of one update. x backprop: median over rounds, and quartiles, of the time "
-        "relative to plain loss.backward() and SGD in the same round. residual: median over the "
-        "batch.",
+        "relative to the fastest eager backprop of the same round: torch.optim.SGD as it comes, "
+        "foreach or fused. x floor: relative to the bare matrix products. residual: median over "
+        "the batch.",
     )
 
 
-def _line(entry: Mapping[str, Any]) -> list[str]:
+def _line(entry: _Row) -> list[str]:
     low, high = entry["ratio_quartiles"]
     return [
-        _label([entry]),
-        str(entry["depth"]),
-        f"{entry['ms']:.2f}",
-        f"{entry['ratio']:.2f} [{low:.2f}, {high:.2f}]",
-        number(entry.get("residual")),
+        _label([entry]), entry["net"], str(entry["depth"]), str(entry["width"]),
+        str(entry["batch"]), f"{entry['ms']:.2f}", f"{entry['ratio']:.2f} [{low:.2f}, {high:.2f}]",
+        number(entry.get("floors"), ".2f"), number(entry.get("residual")),
         number(entry.get("c"), ".2g"),
-    ]
+    ]  # fmt: skip
 
 
-def _label(entries: Sequence[Mapping[str, Any]]) -> str:
+def _label(entries: Sequence[_Row]) -> str:
     return label(entries[0]["arm"], [entry["regime"] for entry in entries if "regime" in entry])
 
 
 @styled()
 def plot(record: Record) -> Figure:
-    """Time per update and its ratio to backprop against depth, with quartiles."""
+    """Time per update and its ratio to backprop, case by case, with quartiles."""
     figure, axes = canvas(2, table(record).title)
-    panels = [("ms", "time per update / ms"), ("ratio", "time relative to backprop")]
-    for index, arm in enumerate((EP, BACKPROP, LIMIT, FUSED)):
-        entries = [entry for entry in record.summary["arms"] if entry["arm"] == arm]
-        depths = [entry["depth"] for entry in entries]
-        for ax, (key, _) in zip(axes, panels, strict=True):
-            low, high = zip(*(entry[f"{key}_quartiles"] for entry in entries), strict=True)
-            middle = [entry[key] for entry in entries]
-            ax.plot(depths, middle, color=f"C{index}", marker="o", label=_label(entries))
-            ax.fill_between(depths, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
+    panels = [("ms", "time per update / ms"), ("ratio", "time relative to the fastest backprop")]
+    cases = list(dict.fromkeys(_case(entry) for entry in record.summary["arms"]))
+    for index, key in enumerate(record.config["arms"]):
+        entries = [entry for entry in record.summary["arms"] if entry["arm"] == ARMS[key]]
+        places = [cases.index(_case(entry)) for entry in entries]
+        for ax, (quantity, _) in zip(axes, panels, strict=True):
+            low, high = zip(*(entry[f"{quantity}_quartiles"] for entry in entries), strict=True)
+            middle = [entry[quantity] for entry in entries]
+            style = f"C{index % 5}{'-' if index < 5 else '--'}"
+            ax.plot(places, middle, style, marker="o", label=_label(entries))
+            ax.fill_between(places, low, high, color=f"C{index % 5}", alpha=0.2, linewidth=0)
     for ax, (_, quantity) in zip(axes, panels, strict=True):
-        ax.set(xscale="log", xlabel="weighted layers", ylabel=quantity)
-        ax.set_xticks(list(record.config["depths"]), [str(d) for d in record.config["depths"]])
-        ax.minorticks_off()
+        ax.set(ylabel=quantity, xlabel=_differing(record.summary["arms"]))
+        ax.set_xticks(range(len(cases)), [_short(case, cases) for case in cases])
     axes[0].set(yscale="log")
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_formatter(NullFormatter())
-    axes[0].legend(loc="upper left")
+    axes[0].legend(loc="upper left", fontsize=8)
     axes[1].set_ylim(bottom=0)
     return figure
+
+
+_CASE = ("net", "depth", "width", "batch")
+
+
+def _case(entry: _Row) -> tuple[Any, ...]:
+    return tuple(entry[key] for key in _CASE)
+
+
+def _differing(entries: Sequence[_Row]) -> str:
+    """What differs between the cases, for an axis."""
+    found = [key for key in _CASE if len({entry[key] for entry in entries}) > 1]
+    return ", ".join("weighted layers" if key == "depth" else key for key in found or ["depth"])
+
+
+def _short(case: tuple[Any, ...], cases: Sequence[tuple[Any, ...]]) -> str:
+    columns = [k for k in range(len(_CASE)) if len({other[k] for other in cases}) > 1] or [1]
+    return "\n".join(str(case[k]) for k in columns)

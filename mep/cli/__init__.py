@@ -1,10 +1,10 @@
-"""The command line: `mep train`, `check`, `diagnose`, `settle` and `bench`."""
+"""The command line: `mep train`, `check`, `diagnose`, `settle`, `profile` and `bench`."""
 
 from __future__ import annotations
 
 import typer
 
-from mep.cli import bench, check, diagnose, settle, train
+from mep.cli import bench, check, diagnose, profile, settle, train
 
 __all__ = ["app", "main"]
 
@@ -19,6 +19,7 @@ app.command("train")(train.train)
 app.command("check")(check.check)
 app.command("diagnose")(diagnose.diagnose)
 app.command("settle")(settle.settle)
+app.command("profile")(profile.profile)
 app.add_typer(bench.app, name="bench")
 
 

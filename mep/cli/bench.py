@@ -29,13 +29,16 @@ def bench() -> None:
 @app.command()
 def speed(
     context: typer.Context,
-    depths: Annotated[str, typer.Option(help="Numbers of weighted layers.")] = "3,10,100",
-    activation: Annotated[
-        str, typer.Option(metavar="tanh|relu", help="Orthogonal tanh or identity ReLU net.")
+    nets: Annotated[
+        str, typer.Option(metavar=",".join(speed_benchmark.NETS), help="What is updated.")
     ] = "tanh",
-    width: Annotated[int, typer.Option(help="Units per hidden layer.")] = 128,
-    batch: options.Batch = 128,
-    rounds: Annotated[int, typer.Option(help="Timed rounds per depth.")] = 30,
+    depths: Annotated[str, typer.Option(help="Numbers of weighted layers.")] = "3,10,100",
+    widths: Annotated[str, typer.Option(help="Units per hidden layer, or channels.")] = "128",
+    batches: Annotated[str, typer.Option(help="Samples per update.")] = "128",
+    arms: Annotated[
+        str, typer.Option(metavar=",".join(speed_benchmark.ARMS), help="By what.")
+    ] = "backprop,foreach,fused,ep,limit",
+    rounds: Annotated[int, typer.Option(help="Timed rounds per case.")] = 30,
     warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 5,
     sweeps: Annotated[int, typer.Option(help="Most sweeps per nudged phase.")] = 3,
     c: Annotated[float, typer.Option("--c", help="Relative strength of the nudge.")] = 0.05,
@@ -43,12 +46,13 @@ def speed(
     out: options.Out = Path("runs/bench-speed"),
     device: options.Device = "cpu",
 ) -> None:
-    """Time one update of EP, of the limit and of eager backprop, interleaved, against depth."""
+    """Time one update of EP, of the limit and of backprop in its fastest forms, interleaved."""
     with choices.usage():
         choices.prepare(out, device)
         config = speed_benchmark.SpeedConfig(
-            choices.integers("--depths", depths), activation, width, batch, rounds, warmup, sweeps,
-            c, device, seed,
+            tuple(nets.split(",")), choices.integers("--depths", depths),
+            choices.integers("--widths", widths), choices.integers("--batches", batches),
+            tuple(arms.split(",")), rounds, warmup, sweeps, c, device, seed,
         )  # fmt: skip
     with choices.running():
         record = speed_benchmark.run(config, choices.command_line(context))
