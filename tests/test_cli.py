@@ -264,12 +264,13 @@ def test_settle(tmp_path):
 
 
 def test_bench_speed(tmp_path):
-    words = ("--depths", "2,3", "--width", 8, "--batch", 4, "--rounds", 2, "--warmup", 0)
+    words = ("--depths", "2,3", "--widths", 8, "--batches", 4, "--rounds", 2, "--warmup", 0)
     record, output = record_of(tmp_path, "bench", "speed", *words, "--c", 0.2, "--sweeps", 2)
     assert record.command == (
-        "mep bench speed --depths 2,3 --width 8 --batch 4 --rounds 2 --warmup 0 --sweeps 2 --c 0.2"
+        "mep bench speed --depths 2,3 --widths 8 --batches 4 --rounds 2 --warmup 0 --sweeps 2 "
+        "--c 0.2"
     )
-    assert len(record.rows) == 2 * 2 * 4 and "limit (= backprop)" in output
+    assert len(record.rows) == 2 * 2 * 5 and "limit (= backprop)" in output
     ours = next(entry for entry in record.summary["arms"] if entry["arm"] == "EP")
     assert ours["c"] == pytest.approx(0.2)
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)

@@ -109,9 +109,10 @@ def plot(record: Record) -> Figure:
         rest = entry["ms"] - sum(ms for _, ms in largest)
         for k, (operation, ms) in enumerate([*largest, ("others", rest)]):
             ax.barh(place, ms, left=left, color=COLOURS[k] if k < len(COLOURS) else "0.8")
-            if ms > 0.06 * record.summary["phases"][0]["ms"]:
-                ax.text(left + ms / 2, place, operation.removeprefix("aten::"), ha="center",
-                        va="center", fontsize=7, color="white", rotation=90)  # fmt: skip
+            if ms > 0.1 * record.summary["phases"][0]["ms"]:
+                name = operation.removeprefix("aten::").replace(" ", "\n")
+                ax.text(left + ms / 2, place, name, ha="center", va="center", fontsize=8,
+                        color="white" if k < len(COLOURS) else "black")  # fmt: skip
             left += ms
     ax.set_yticks(range(len(phases)), phases)
     ax.invert_yaxis()
