@@ -133,16 +133,20 @@ def test_gradient_that_is_no_product_has_no_rows_and_the_right_form(name):
     model, x, y = regression(name, *NO_PRODUCT[name])
     truth = torch.autograd.grad(SquaredError().mean(model(x), y), list(model.parameters()))
     found = signals_of(model, x, y)
-    for (signal,), gradient in zip(found.values(), truth, strict=True):
-        assert signal.rows is None
+    for (key, (signal,)), gradient in zip(found.items(), truth, strict=True):
+        assert signal.rows is None or key.endswith("bias")
         assert_exact(-signal.form(), gradient)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_biases_have_no_rows(name):
+def test_a_bias_is_the_weight_of_an_input_that_is_one(name):
     model, x, y = regression(name)
     biases = [v for k, v in signals_of(model, x, y).items() if k.endswith("bias")]
-    assert all(signal.rows is None for signals in biases for signal in signals)
+    for signals in biases:
+        for signal in signals:
+            activity, error = signal.rows()
+            assert activity.shape == (len(error), 1) and bool((activity == 1).all())
+            assert_exact(product(signal)[:, 0], signal.form())
 
 
 def made_up(shape=(3, 4), terms=3):
@@ -217,7 +221,7 @@ def test_factors_of_a_model_are_backprops_gradient(name):
         (truth,) = torch.autograd.grad(loss, model.get_parameter(key), retain_graph=True)
         factors = Factors(signals).scaled(-1.0)  # errors point downhill
         assert_exact(factors.dense(), truth)
-        matrix = torch.zeros(truth.flatten(1).shape, dtype=torch.float64)
+        matrix = torch.zeros(len(truth), truth[0].numel(), dtype=torch.float64)
         assert_exact(factors.add_to(matrix), truth)
 
 
@@ -275,7 +279,8 @@ def test_rows_of_one_sample_are_its_own_gradient(name, cost):
     p = problem(name)
     found = signals_of(p.model, p.x, p.y, cost)
     truth = per_sample_gradients(p.model, p.x, p.y, cost)
-    assert [k for k, signals in found.items() if signals[0].rows] == PRODUCTS[name]
+    weights = {k: v for k, v in found.items() if k.endswith("weight")}
+    assert [k for k, signals in weights.items() if signals[0].rows] == PRODUCTS[name]
     for key in PRODUCTS[name]:
         (signal,) = found[key]
         assert_exact(-outer_products(signal), truth[key].flatten(2))

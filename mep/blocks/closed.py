@@ -124,20 +124,16 @@ class ClosedBlock(Block):
         if layer is None:
             return
         weight, bias = layer.weight, layer.bias
+        several = e.dim() > 2  # positions per sample
         if weight.requires_grad:
             form = partial(layer.weight_gradient, a, e, scale)
             rows = partial(layer.rows, a, e) if layer.is_product else None
-            each = None if layer.is_product else partial(_one_by_one, layer, a, e)
+            each = partial(layer.sample_gradients, a, e) if several else None
             yield Signal(weight, scale, samples, form, rows, each)
         if bias is not None and bias.requires_grad:
             form, rows = partial(layer.bias_gradient, e, scale), partial(layer.bias_rows, e)
-            yield Signal(bias, scale, samples, form, rows)
-
-
-def _one_by_one(layer: Layer, a: Tensor, e: Tensor, span: slice) -> Tensor:
-    """Returns the weight's gradients of some samples."""
-    samples = range(*span.indices(len(e)))
-    return torch.stack([layer.weight_gradient(a[n : n + 1], e[n : n + 1], 1.0) for n in samples])
+            each = partial(layer.sample_bias_gradients, e) if several else None
+            yield Signal(bias, scale, samples, form, rows, each)
 
 
 def _box_backward(g: Tensor, x: Tensor, low: float, high: float) -> Tensor:

@@ -54,6 +54,14 @@ class Layer(ABC):
     def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Returns activity ``(N, in)`` and error ``(N, out)``, whose ``e^T a`` is the gradient."""
 
+    @abstractmethod
+    def sample_gradients(self, a: Tensor, e: Tensor, span: slice) -> Tensor:
+        """Returns the weight's gradients of some samples, ``(n, *shape)``."""
+
+    @abstractmethod
+    def sample_bias_gradients(self, e: Tensor, span: slice) -> Tensor:
+        """Returns the bias's gradients of some samples, ``(n, out)``."""
+
     def bias_rows(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the same for the bias, whose activity is 1: ``(N, 1)`` and ``(N, out)``."""
         error = self.errors(e)
@@ -103,6 +111,12 @@ class Linear(Layer):
     def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         return (a if a.dim() == 2 else a.flatten(0, -2)), self.errors(e)
 
+    def sample_gradients(self, a: Tensor, e: Tensor, span: slice) -> Tensor:
+        return torch.bmm(e[span].flatten(1, -2).mT, a[span].flatten(1, -2))
+
+    def sample_bias_gradients(self, e: Tensor, span: slice) -> Tensor:
+        return e[span].flatten(1, -2).sum(1)
+
     def errors(self, e: Tensor) -> Tensor:
         return e if e.dim() == 2 else e.flatten(0, -2)
 
@@ -133,9 +147,32 @@ class Conv2d(Layer):
         return self._backward(a, e, self.weight, (False, True, False))[1].mul_(scale)
 
     def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        return self._patches(a).mT.flatten(0, 1), self.errors(e)
+
+    def _patches(self, a: Tensor) -> Tensor:
+        """Returns what every position sees, ``(B, in of one unit, positions)``.
+
+        One copy of a view; ``F.unfold`` takes up to four times as long.
+        """
         m = self.module
-        patches = F.unfold(a, m.kernel_size, m.dilation, m.padding, m.stride)  # pyright: ignore[reportArgumentType]
-        return patches.mT.flatten(0, 1), self.errors(e)
+        top, left = (int(size) for size in m.padding)
+        a = F.pad(a, (left, left, top, top))
+        for axis in (0, 1):
+            reach = m.dilation[axis] * (m.kernel_size[axis] - 1) + 1
+            a = a.unfold(2 + axis, reach, m.stride[axis])
+        down, across = m.dilation
+        return a[..., ::down, ::across].permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
+
+    def sample_gradients(self, a: Tensor, e: Tensor, span: slice) -> Tensor:
+        # Groups are further samples of a convolution with fewer channels.
+        groups = self.module.groups
+        error, patches = e[span].flatten(2), self._patches(a[span])
+        error = error.unflatten(1, (groups, -1)).flatten(0, 1)
+        patches = patches.unflatten(1, (groups, -1)).flatten(0, 1)
+        return torch.bmm(error, patches.mT).view(-1, *self.weight.shape)
+
+    def sample_bias_gradients(self, e: Tensor, span: slice) -> Tensor:
+        return e[span].sum((2, 3))
 
     def errors(self, e: Tensor) -> Tensor:
         return e.flatten(2).mT.flatten(0, 1)

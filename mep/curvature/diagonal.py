@@ -11,9 +11,9 @@ from mep.curvature.signal import Signal
 
 __all__ = ["diagonal_fisher"]
 
-# Elements of per-sample gradients that are formed at once, where the product comes before the
-# square: 16 MB in float32.
-_AT_ONCE = 2**22
+# Samples whose gradients are formed at once, where the sum comes before the square: they stay in
+# the cache; and elements of them, where even these would not.
+_SAMPLES, _AT_ONCE = 16, 2**22
 
 
 def diagonal_fisher(signals: Sequence[Signal]) -> Tensor:
@@ -40,25 +40,25 @@ def diagonal_fisher(signals: Sequence[Signal]) -> Tensor:
     per_sample = first.scale * first.samples
     if len(signals) == 1 and first.per_sample is None:
         a, e = _rows(first)
-        if len(a) == first.samples:
-            squares = torch.mm(e.square().t(), a.square())
-            return squares.mul_(per_sample**2 / first.samples).view_as(first.parameter)
+        squares = torch.mm(e.square().t(), a.square())
+        return squares.mul_(per_sample**2 / first.samples).view_as(first.parameter)
     total = torch.zeros_like(first.parameter)
-    chunk = max(1, _AT_ONCE // max(1, total.numel()))
+    chunk = min(_SAMPLES, max(1, _AT_ONCE // max(1, total.numel())))
     for start in range(0, first.samples, chunk):
         span = slice(start, min(start + chunk, first.samples))
-        whole = sum(_gradients(signal, span) for signal in signals)
-        assert isinstance(whole, Tensor)
-        total += whole.square_().sum(0).view_as(total)
+        whole = _gradients(first, span)
+        for signal in signals[1:]:
+            whole = whole + _gradients(signal, span)
+        total += whole.square().sum(0)
     return total.mul_(per_sample**2 / first.samples)
 
 
 def _gradients(signal: Signal, span: slice) -> Tensor:
-    """Returns the gradients of some samples, ``(n, *shape)`` or ``(n, out, in)``, unscaled."""
+    """Returns the gradients of some samples, ``(n, *shape)``, without the scale."""
     if signal.per_sample is not None:
-        return signal.per_sample(span).flatten(1)
-    a, e = (t.unflatten(0, (signal.samples, -1))[span] for t in _rows(signal))
-    return torch.bmm(e.mT, a).flatten(1)
+        return signal.per_sample(span)
+    a, e = (t[span] for t in _rows(signal))
+    return (e.unsqueeze(2) * a.unsqueeze(1)).view(-1, *signal.parameter.shape)
 
 
 def _rows(signal: Signal) -> tuple[Tensor, Tensor]:

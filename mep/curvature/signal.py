@@ -29,7 +29,7 @@ class Signal:
             (those of a patch for a convolution), and a bias has one input, which is 1. None where
             a gradient is no outer product.
         per_sample: returns the gradients of some samples, ``(n, *shape)``, without the scale; None
-            where they follow from the rows, which then go through the samples one after another.
+            where there is one row per sample, from which they follow.
     """
 
     parameter: nn.Parameter
