@@ -276,6 +276,14 @@ def test_bench_speed(tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
 
 
+def test_bench_fisher(tmp_path):
+    words = ("--rounds", 1, "--warmup", 0, "--batch", 4)
+    record, output = record_of(tmp_path, "bench", "fisher", *words)
+    assert len(record.rows) == 3 * 3 and "Kronecker factors" in output
+    assert all(e["ratio"] == 1 for e in record.summary["arms"] if e["arm"] == "contrast")
+    assert (tmp_path / "fisher.png").read_bytes().startswith(PNG)
+
+
 def test_bench_memory(tmp_path):
     words = ("--depths", "12", "--budgets", "64kB", "--width", 8, "--batch", 4, "--rounds", 0)
     record, output = record_of(tmp_path, "bench", "memory", *words, "--capped", 0)

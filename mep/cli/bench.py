@@ -9,6 +9,7 @@ import typer
 
 from mep.bench import continual as continual_benchmark
 from mep.bench import depth as depth_benchmark
+from mep.bench import fisher as fisher_benchmark
 from mep.bench import memory as memory_benchmark
 from mep.bench import muon as muon_benchmark
 from mep.bench import presets as presets_benchmark
@@ -155,6 +156,24 @@ def continual(
     with choices.running():
         record = continual_benchmark.run(config, data, out, choices.command_line(context))
     choices.show(continual_benchmark, record, out, "continual.png")
+
+
+@app.command()
+def fisher(
+    context: typer.Context,
+    rounds: Annotated[int, typer.Option(help="Timed rounds per net.")] = 30,
+    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 3,
+    batch: options.Batch = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data.")] = 0,
+    out: options.Out = Path("runs/bench-fisher"),
+) -> None:
+    """Time the diagonal Fisher information and Kronecker factors beside one contrast."""
+    with choices.usage():
+        choices.prepare(out, "cpu")
+        config = fisher_benchmark.FisherConfig(rounds, warmup, batch, seed)
+    with choices.running():
+        record = fisher_benchmark.run(config, choices.command_line(context))
+    choices.show(fisher_benchmark, record, out, "fisher.png")
 
 
 @app.command()
