@@ -338,8 +338,9 @@ def plot(record: Record) -> Figure:
         matrix = entry["matrix"]
         if len(matrix) > 1:
             reached = [100 * mean(row[: t + 1]) for t, row in enumerate(matrix)]
-            curves.plot(range(1, len(reached) + 1), reached, f"C{k % 5}{'-' if k < 5 else '--'}",
-                        marker="o", label=ARMS[entry["arm"]].label)  # fmt: skip
+            style = f"C{k % 5}{'--' if ARMS[entry['arm']].mode == 'backprop' else '-'}"
+            curves.plot(range(1, len(reached) + 1), reached, style, marker="os"[k // 5 % 2],
+                        label=ARMS[entry["arm"]].label)  # fmt: skip
         else:
             level = 100 * entry["accuracy"]
             curves.axhline(level, color="0.4", ls=":", label=ARMS[entry["arm"]].label)
@@ -351,7 +352,8 @@ def plot(record: Record) -> Figure:
     image = torch.full((count, count), torch.nan)
     for t, row in enumerate(shown["matrix"]):
         image[t, : len(row)] = 100 * torch.tensor(row)
-    seen = grid.imshow(image.numpy(), cmap="viridis", vmax=100)
+    edges = (0.5, count + 0.5, count + 0.5, 0.5)  # tasks count from 1
+    seen = grid.imshow(image.numpy(), cmap="viridis", vmax=100, extent=edges)
     grid.set(xlabel="accuracy on task", ylabel="after task", title=ARMS[shown["arm"]].label)
     grid.grid(False)
     figure.colorbar(seen, ax=grid, label="%")
