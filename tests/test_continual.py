@@ -201,14 +201,14 @@ def landed(penalty, steps, mode="backprop", **options):
     return float((flat(weights(model)) - start - way).norm() / way.norm())
 
 
-RATES = {"lr": 0.3}, {"lr": 0.1, "momentum": 0.9}, {"lr": 0.05, "momentum": 0.9, "nesterov": True}
+RATES = {"lr": 0.3}, {"lr": 0.1, "momentum": 0.8}, {"lr": 0.1, "momentum": 0.8, "nesterov": True}
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rates", RATES, ids=str)
 @pytest.mark.parametrize("penalty", [EWC(0.7, every=1), EWC(0.7, "diagonal")], ids=str)
 def test_lands_on_the_minimum_of_loss_and_penalty(penalty, rates, mode):
-    assert landed(penalty, 600, mode, **rates) < SAME
+    assert landed(penalty, 300, mode, **rates) < SAME
 
 
 def test_rare_pulls_land_beside_it_by_the_learning_rate():
@@ -224,9 +224,7 @@ RULES = [mep.Muon(), mep.Dion(), mep.Natural(), mep.Normalised(), mep.Sign(), me
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("rule", [*RULES, mep.ErrorFeedback(mep.Sign())], ids=repr)
 def test_rule_without_effective_step_gets_both_gradients(monkeypatch, rule, name):
-    opt = optimizer(RUNS[name], update=mep.Route(rule), momentum=0.0, **LIMIT)
-    train(opt, 1, task(0))
-    end(opt, task(0))
+    opt = run(RUNS[name], 1, 1, update=mep.Route(rule), momentum=0.0, **LIMIT)
     scatter(opt.model, 1)
     of_penalty, seen = dict(zip(opt.model.parameters(), gradients(opt), strict=True)), {}
     spy = lambda rule, own, g, *_: seen.update(zip(own, g, strict=True))  # noqa: E731
@@ -239,9 +237,10 @@ def test_rule_without_effective_step_gets_both_gradients(monkeypatch, rule, name
         assert distance([g], [p.grad + of_penalty[p]]) < SAME
 
 
-def test_intelligence_is_its_formula():
+@pytest.mark.parametrize("update", [None, mep.Route(mep.Normalised())], ids=["SGD", "Normalised"])
+def test_intelligence_is_its_formula(update):
     """By hand, over three tasks: gradients of the loss alone, ways with all that moves a weight."""
-    opt = optimizer(SI(0.7, xi=0.2), lr=0.6, weight_decay=0.01, **LIMIT)
+    opt = optimizer(SI(0.7, xi=0.2), lr=0.6, weight_decay=0.01, update=update, **LIMIT)
     parameters, total, least = list(opt.model.parameters()), [0] * 6, 0.0
     for k in range(3):
         start, paths = weights(opt.model), [0] * 6
@@ -269,7 +268,7 @@ def test_intelligence_is_its_formula():
     truth = float(formula(dict(opt.model.named_parameters())).detach())
     assert float(opt.penalty.loss()) == pytest.approx(truth, rel=SAME)
     opt.param_groups[0].update(momentum=0.0, weight_decay=0.0)
-    assert distance(*pulled(opt, formula)) < SAME
+    assert update or distance(*pulled(opt, formula)) < SAME
 
 
 # --- the same, however it is reached -------------------------------------------------------------
@@ -317,12 +316,12 @@ def test_no_strength_is_no_penalty_to_the_last_bit(penalty):
 @pytest.mark.parametrize("curvature", ["kronecker", "diagonal"])
 def test_far_too_strong_a_penalty_holds_the_weights(curvature, momentum, dtype):
     ways = {}
-    for lam in (0.0, 1e5, 1e32):  # a hundred is a useful strength; the last of 8 steps is a pull
+    for lam in (0.0, 1e5, 3e38):  # a hundred is a useful strength; the last of 8 steps is a pull
         opt = run(EWC(lam, curvature), 1, 8, model=network(dtype), momentum=momentum)
         center = [opt.state[p]["penalty"]["center"] for p in opt.model.parameters()]
         ways[lam] = distance(weights(opt.model), center)
         assert math.isfinite(float(opt.penalty.loss()))
-    assert ways[0.0] > 0.05 > 10 * ways[1e5] and ways[1e32] < 1e-6  # rounding of float32
+    assert ways[0.0] > 0.05 > 10 * ways[1e5] and ways[3e38] < 1e-6  # rounding of float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -388,13 +387,13 @@ WRONG = [
     (lambda: optimizer("ewc"), "`penalty` must be a penalty such as .* got 'ewc'"),
     (lambda: optimizer(EWC(1.0), ewc_lambda=1.0), "give one of the two"),
     (lambda: optimizer(EWC(1.0), memory_budget="4MB"), "`memory_budget` and `penalty=EWC.* excl"),
-    (lambda: EWC(1.0).loss(), "no optimizer uses this penalty"),
+    (lambda: copy.deepcopy(optimizer(EWC(1.0)).penalty).loss(), "no optimizer uses this penalty"),
     (lambda: optimizer(None).consolidate([]), "there is no penalty to consolidate"),
     (lambda: mep.EPOptimizer(network().parameters(), ewc_lambda=1.0).consolidate([]), "needs EPO"),
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), WRONG, ids=str)
+@pytest.mark.parametrize(("make", "message"), WRONG, ids=[row[1] for row in WRONG])
 def test_nonsense_is_refused(make, message):
     with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         make()

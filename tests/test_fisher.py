@@ -300,7 +300,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "loader", "message"), REFUSED, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("options", "loader", "message"), REFUSED, ids=[r[2] for r in REFUSED])
 def test_after_a_refusal_everything_is_as_it_was(options, loader, message):
     model, x, y = setup("batch norm")
     before, modes = weights(model), [m.training for m in model.modules()]
@@ -343,7 +343,7 @@ FORGETFUL = [
 ]
 
 
-@pytest.mark.parametrize(("penalty", "loader", "message"), FORGETFUL, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("penalty", "loader", "message"), FORGETFUL, ids=[r[2] for r in FORGETFUL])
 def test_what_cannot_be_remembered_is_refused_and_changes_nothing(penalty, loader, message):
     model = nn.Linear(4, 3, bias=False).double()
     opt = mep.EPOptimizer(model.parameters(), model=model, penalty=penalty)

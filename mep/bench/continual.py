@@ -102,7 +102,7 @@ class ContinualConfig:
         kept: samples that replay keeps of every task, >= 1.
         search: held-out permutations on which rate and strength are chosen, one epoch each, by
             accuracy on training samples that are held out, too; a split has its own tasks only. 0
-            takes the middle of every grid.
+            takes one rate and the middle strength for all.
 
     Raises:
         ValueError: for a value out of range.
@@ -129,8 +129,10 @@ class ContinualConfig:
             raise ValueError(f"`scenario` must be one of {SCENARIOS}, got {self.scenario!r}.")
         if not self.arms or not {*self.arms} <= {*ARMS}:
             raise ValueError(f"`arms` must be some of {tuple(ARMS)}, got {self.arms}.")
-        if not self.seeds:
-            raise ValueError("`seeds` must not be empty.")
+        for name in ("arms", "seeds"):
+            values = getattr(self, name)
+            if not values or len({*values}) < len(values):
+                raise ValueError(f"`{name}` must be one or more, each once, got {values}.")
 
 
 def run(config: ContinualConfig, data: Dataset, out: str | Path, command: str) -> Record:
@@ -168,7 +170,8 @@ def _chosen(
     """Returns rate and strength that do best on held-out tasks; notes the search."""
     grid = ARMS[arm].grid
     if not config.search:
-        return grid[len(grid) // 2]
+        strengths = ARMS[arm].strengths
+        return _RATES[4], strengths[len(strengths) // 2] if strengths else None
     count = config.search if config.scenario == "permuted" else config.tasks
     seed, reached = _HELD_OUT, []
     tasks = _tasks(config, _without_test(data), count, seed)
@@ -199,10 +202,12 @@ def _part(
 ) -> list[dict[str, Any]]:  # fmt: skip
     settings = {key: value for key, value in asdict(config).items()
                 if key not in ("arms", "seeds", "search", "tasks", "epochs")}  # fmt: skip
-    identity = settings | {"name": tasks.name, "tasks": len(tasks), "arm": arm, "seed": seed,
-                           "lr": rate, "lam": lam, "epochs": epochs}  # fmt: skip
-    name = f"{arm}-seed{seed}-lr{rate}" + (f"-lam{lam}" if lam is not None else "")
-    part, folder = out / f"part-{name}-x{len(tasks)}.pt", out / f"checkpoint-{name}"
+    samples = sum(tasks.size(t) for t in range(len(tasks)))
+    identity = settings | {"name": tasks.name, "tasks": len(tasks), "samples": samples, "arm": arm,
+                           "seed": seed, "lr": rate, "lam": lam, "epochs": epochs}  # fmt: skip
+    strength = f"-lam{lam}" if lam is not None else ""
+    name = f"{arm}-seed{seed}-lr{rate}{strength}-x{len(tasks)}"
+    part, folder = out / f"part-{name}.pt", out / f"checkpoint-{name}"
     if part.exists():
         known = torch.load(part, weights_only=True)
         if known["identity"] == identity:

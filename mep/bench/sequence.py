@@ -66,26 +66,47 @@ def learn(run: Learner, tasks: Tasks, folder: Path) -> list[dict[str, Any]]:
         on the next one, and means over the updates.
 
     Raises:
-        ValueError: if a checkpoint is of another run.
+        ValueError: if a checkpoint is of another run, or a task has no samples.
     """
-    between, within = folder / "between.pt", folder / "within.pt"
+    _check(tasks)
+    between, last = folder / "between.pt", len(tasks) - 1
     rows = _resume(run, between)
-    last = len(tasks) - 1
     if not rows:
-        rows.append({"task": -1, "accuracies": [_accuracy(run.model, tasks, u) for u in range(2)]})
+        first = [_accuracy(run.model, tasks, u) for u in range(min(2, len(tasks)))]
+        rows.append({"task": -1, "accuracies": first})
     first = last if run.joint else 0
     for t in range(first + len(rows) - 1, last + 1):
         for group in run.optimizer.param_groups:
             group["lr"] = group["initial_lr"]  # which has fallen to zero in the task before
+        within = folder / f"within-{t}.pt"
         looks, _ = train(_training(run, tasks, t), _glance(tasks, t), within)
         if run.optimizer.penalty is not None and t < last:
             _consolidate(run, tasks, t)
-        own = {key: value for key, value in looks[-1].items() if key not in ("accuracy", "step")}
         reached = [_accuracy(run.model, tasks, u) for u in range(min(t + 2, last + 1))]
-        rows.append({"task": t, "accuracies": reached, **own})
+        rows.append({"task": t, "accuracies": reached, **_over_all(looks)})
         _save(run, between, rows)
         within.unlink(missing_ok=True)
     return rows
+
+
+def _check(tasks: Tasks) -> None:
+    """Refuses tasks without samples, which could not be learned or judged."""
+    empty = [t for t in range(len(tasks)) if not tasks.size(t) or not len(tasks.test(t)[0])]
+    if empty:
+        raise ValueError(
+            f"tasks {', '.join(str(t + 1) for t in empty)} of {tasks.name} have no samples: take "
+            "more of them"
+        )
+
+
+def _over_all(looks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over all updates: the first has a look of its own, which is not timed."""
+    *before, last = looks
+    found = {key: value for key, value in last.items() if key not in ("accuracy", "step")}
+    for key in found.keys() - {"ms", "skipped"}:
+        if before:
+            found[key] = (before[0][key] + (last["step"] - 1) * found[key]) / last["step"]
+    return found
 
 
 def _training(run: Learner, tasks: Tasks, t: int) -> Training:

@@ -130,15 +130,12 @@ class DenseBlock(ClosedBlock):
         return e
 
     def difference(self, point: Point, d: Tensor) -> tuple[Tensor, Point]:
-        if not isinstance(point, DensePoint):
+        if not isinstance(point, DensePoint) or not d.is_contiguous():
             return super().difference(point, d)
-        (s, y), inputs, outputs = point.values, point.inputs, point.outputs
-        s_new, y_new, room = inputs.take(), inputs.take(), inputs.take()
-        s_new = torch.add(s, d, out=s_new)
-        change, y_new = self.activation.move(s, y, d, s_new, room=(room, y_new, s_new))
-        delta = torch.mm(change, self.transpose, out=outputs.take())
-        inputs.give(s_new)
-        inputs.give(change)
+        (s, y), change, y_new = point.values, point.room(), point.room()
+        point.between.move(s, y, d, change, y_new)
+        delta = torch.mm(change, self.transpose, out=point.outputs.take())
+        point.inputs.give(change)
         return delta, point.moved(y_new)
 
     def advance(

@@ -33,6 +33,13 @@ class Elementwise:
             s.add_(bias)
         self.activation.value(s, out=y)
 
+    def move(self, s: Tensor, y: Tensor, d: Tensor, change: Tensor, y_new: Tensor) -> None:
+        """``change <- phi(s + d) - phi(s)`` without cancellation, ``y_new <- phi(s + d)``."""
+        spare = shelf(s)
+        s_new = torch.add(s, d, out=spare.take())
+        self.activation.move(s, y, d, s_new, room=(change, y_new, s_new))
+        spare.give(s_new)
+
     def pull(self, s: Tensor, y: Tensor, product: Tensor, e: Tensor) -> None:
         """``e <- phi'(s) product``."""
         self.activation.pull(s, y, product, out=e)
@@ -79,6 +86,11 @@ class _Fused(Elementwise):
             bias = None
         at = 0 if bias is None else bias.data_ptr()
         self.kernels.activate(s.data_ptr(), at, y.data_ptr(), *s.shape)
+
+    def move(self, s: Tensor, y: Tensor, d: Tensor, change: Tensor, y_new: Tensor) -> None:
+        self.kernels.move(
+            s.data_ptr(), y.data_ptr(), d.data_ptr(), change.data_ptr(), y_new.data_ptr(), *s.shape
+        )
 
     def pull(self, s: Tensor, y: Tensor, product: Tensor, e: Tensor) -> None:
         self.pull_and_square(s, y, product, e)

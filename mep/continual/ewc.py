@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mep.continual import diagonal, kronecker
-from mep.continual.fisher import Sweeps, check_fisher
+from mep.continual.fisher import Sweeps, check_fisher, widened
 from mep.continual.penalty import Penalty, check_strength, memory_of
 from mep.curvature import Signal, diagonal_fisher, kronecker_factors
 
@@ -44,7 +43,8 @@ class EWC(Penalty):
             expectation, one backward sweep per output.
         every: updates from one pull through the factors' eigenbases to the next, >= 1, which is
             taken with the steps of all of them: it costs two products of the weight with each
-            basis. Where an update ends up is off by ``O(every eta)``; 1 is exact.
+            basis. Where an update ends up is off by ``O(every eta)``; 1 is exact. Steps that still
+            wait at the end of a task are dropped.
 
     Raises:
         TypeError, ValueError: if an option is out of range, or the factors shall be kept apart.
@@ -71,7 +71,8 @@ class EWC(Penalty):
         super().__init__(lam)
         if curvature not in CURVATURES:
             raise ValueError(f"`EWC(curvature=...)` must be one of {CURVATURES}, got {curvature!r}")
-        mode = mode or ("online" if curvature == "kronecker" else "separate")
+        if mode is None:
+            mode = "online" if curvature == "kronecker" else "separate"
         if mode not in MODES:
             raise ValueError(f"`EWC(mode=...)` must be one of {MODES}, got {mode!r}")
         if curvature == "kronecker" and mode != "online":
@@ -126,6 +127,7 @@ class EWC(Penalty):
                     sums[key].add(sweep[key], size)
             for total in sums.values():
                 total.count += size
+        _check_finite([*sums.values()])
         found = [
             self._with(memory_of(state), sums[id(p)], p)
             for p, state in zip(parameters, states, strict=True)
@@ -140,13 +142,18 @@ class EWC(Penalty):
     ) -> dict[str, Any] | None:
         """Returns a parameter's memory with another task in it."""
         center = parameter.detach()
+        if memory is not None and ("tasks" in memory) != (task.factors is not None):
+            raise ValueError(
+                f"the state holds the memory of another penalty than {self}: load a checkpoint of "
+                "the same one"
+            )
         if task.factors is not None:
             a, g = task.factors
             factors = a / task.seen, g / task.count  # the activity is the same in every direction
             return kronecker.add(memory, factors, center, self.gamma, self.damping)
         if task.diagonal is None:  # the task has nothing to say of it
             return memory
-        curvature = task.diagonal / task.count
+        curvature = (task.diagonal / task.count).to(center.dtype)
         curvature += self.damping * curvature.mean()
         if self.mode == "separate":
             return diagonal.add(memory, curvature, center)
@@ -176,24 +183,37 @@ class _Sum:
             known = self.factors
             self.factors = (a, g) if known is None else (known[0] + a, known[1] + g)
         else:
-            found = diagonal_fisher(signals) * size
+            found = widened(diagonal_fisher(signals)) * size
             self.diagonal = found if self.diagonal is None else self.diagonal + found
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What has been summed."""
+        return [*(self.factors or ()), *([self.diagonal] if self.diagonal is not None else [])]
+
+
+def _check_finite(sums: list[_Sum]) -> None:
+    """Refuses curvature that is not finite, of which there is no eigenbasis either.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if not all(bool(torch.isfinite(t).all()) for task in sums for t in task.tensors):
+        raise ValueError("the task's curvature is not finite; look at the loss and the data")
 
 
 def _check(memories: list[dict[str, Any]]) -> None:
-    """Refuses a memory that would remember nothing.
+    """Refuses memories that would remember nothing.
 
     Raises:
-        ValueError: naming what is wrong with the curvature.
+        ValueError: saying why that may be.
     """
-    sizes = [
-        m["error_sizes"].sum() * m["activity_sizes"].sum() if "tasks" in m else m["curvature"].sum()
+    if not any(
+        bool(m["error_sizes"].any() and m["activity_sizes"].any())
+        if "tasks" in m
+        else bool(m["curvature"].any())
         for m in memories
-    ]
-    total = float(torch.stack([s.double() for s in sizes]).sum()) if sizes else 0.0
-    if not math.isfinite(total):
-        raise ValueError("the task's curvature is not finite; look at the loss and the data")
-    if total == 0:
+    ):
         raise ValueError(
             "the task's curvature is zero, and so the penalty would be: the model's output does "
             "not depend on its parameters for these data, or none of them is trained"

@@ -12,7 +12,7 @@ from mep.contrast import Settings, free_phase, free_sweeps, settings
 from mep.curvature import Signal, diagonal_fisher
 from mep.energies import Cost, cost_of
 
-__all__ = ["Loader", "Sweeps", "fisher_diagonal", "of_task"]
+__all__ = ["Loader", "Sweeps", "check_fisher", "fisher_diagonal", "of_task", "widened"]
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 Sweeps = Callable[[], Iterator[dict[int, list[Signal]]]]
@@ -56,14 +56,14 @@ def fisher_diagonal(
     """
     check_fisher("fisher_diagonal", fisher, samples)
     named = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
-    total = {key: torch.zeros_like(p) for key, (_, p) in named.items()}
+    total = {key: widened(torch.zeros_like(p)) for key, (_, p) in named.items()}
     count = 0
     for size, sweeps in of_task(model, loader, settings(cost=cost_of(cost)), fisher, samples):
         count += size
         for sweep in sweeps():
             for key in total.keys() & sweep.keys():
                 total[key].add_(diagonal_fisher(sweep[key]), alpha=size)
-    return {name: total[key].div_(count) for key, (name, _) in named.items()}
+    return {name: total[key].div_(count).to(p.dtype) for key, (name, p) in named.items()}
 
 
 def of_task(
@@ -82,6 +82,11 @@ def of_task(
             yield len(x), lambda free=free: free_sweeps(free, fisher, samples)
     if empty:
         raise ValueError("`loader` has no batches: curvature is taken from a task's data")
+
+
+def widened(t: Tensor) -> Tensor:
+    """Returns a tensor in which sums over many batches do not stall: of float32 at least."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def check_fisher(name: str, fisher: str, samples: int | None) -> None:

@@ -17,11 +17,12 @@ __all__ = ["SynapticIntelligence"]
 
 
 class SynapticIntelligence(Penalty):
-    """``lam sum Omega (theta - theta*)^2`` with ``Omega = sum_t omega_t / (Delta_t^2 + xi)``.
+    """``lam sum Omega (theta - theta*)^2``, ``Omega = sum_t max(0, omega_t) / (Delta_t^2 + xi)``.
 
     ``omega = -sum g dtheta`` over a task's updates is the part of the loss's fall that a weight
     has brought about, ``Delta`` its way in the task; ``theta*`` is the latest optimum. Gradients
-    are those of the loss alone. Needs no data at the end of a task: ``opt.consolidate()``.
+    are those of the loss alone, clipped if the optimizer clips. Needs no data at the end of a task:
+    ``opt.consolidate()``.
 
     Args:
         lam: strength, >= 0.

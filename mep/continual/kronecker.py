@@ -17,15 +17,16 @@ _Memory = dict[str, Any]
 
 
 def pull(theta: Tensor, memory: _Memory, strength: float) -> None:
-    """``D <- Qg [ Qg^T D Qa / (1 + eta lam la lg^T / T) ] Qa^T``, with ``strength = eta lam``.
+    """``theta <- theta - Qg [ w / (1 + w) Qg^T D Qa ] Qa^T``, ``w = strength lg la^T / T``.
 
-    The eigenbases of both factors turn the proximal step into one of numbers.
+    The eigenbases of both factors turn the proximal step into one of numbers. As a difference, so
+    that what is hardly pulled is not rounded; ``strength = eta lam``.
     """
     at, an, basis, spread = _at(theta, memory)
     sizes = memory["activity_sizes"] * (strength / memory["tasks"])
     weight = torch.outer(memory["error_sizes"], sizes).clamp_(max=1e30)
-    inner = (spread.mT @ (at - an) @ basis).div_(weight.add_(1))
-    theta.copy_((an + spread @ inner @ basis.mT).view_as(theta))
+    inner = (spread.mT @ (at - an) @ basis).mul_(weight.div_(1 + weight))
+    theta.sub_((spread @ inner @ basis.mT).view_as(theta))
 
 
 def gradient(theta: Tensor, memory: _Memory, lam: float) -> Tensor:

@@ -99,7 +99,7 @@ class Nudged:
         for i in range(1, len(self.blocks)):
             delta, point = self.blocks[i].difference(self.free.points[i], displacements[i - 1])
             points.append(point)
-            errors.append((displacements[i] - delta) / self.beta)
+            errors.append(torch.sub(displacements[i], delta, out=delta).div_(self.beta))
         return self._read(displacements, errors, points)
 
     def sweep(self, at: Configuration | None) -> Configuration:

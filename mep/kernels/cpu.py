@@ -39,13 +39,15 @@ class Kernels:
 
     Attributes:
         activate: ``(s, bias, y, B, n)``: ``s <- s + bias``, ``y <- phi(s)``; bias may be 0, none.
+        move: ``(s, y, d, change, y_new, B, n)``: ``change <- phi(s + d) - phi(s)`` without
+            cancellation, ``y_new <- phi(s + d)``.
         pull: ``(y, p, e, B, n)``: ``e <- phi'(s) p``; returns ``||e||^2``.
-        nudge: ``(s, y, d, p, e, change, y_new, norm, B, n)``: ``change <- phi(s + d) - phi(s)``
-            without cancellation, ``y_new <- phi(s + d)``, and per sample
+        nudge: ``(s, y, d, p, e, change, y_new, norm, B, n)``: the same as ``move``, and per sample
             ``norm <- ||phi'(s + d) p - e||``.
     """
 
     activate: Callable[..., None]
+    move: Callable[..., None]
     pull: Callable[..., float]
     nudge: Callable[..., None]
 
@@ -140,6 +142,25 @@ def kernels(activation: str) -> Kernels | None:
                     y[b, j] = value(s[b, j])
 
     @njit(**_ARITHMETIC)
+    def move(s_, y_, d_, change_, y_new_, batch, n):  # pragma: no cover
+        s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
+        d, change = (
+            numba.carray(_floats(d_), (batch, n)),
+            numba.carray(_floats(change_), (batch, n)),
+        )
+        y_new = numba.carray(_floats(y_new_), (batch, n))
+        for b in range(batch):
+            crossings = _f32(0)
+            for j in range(n):
+                crossings += _f32(1) if y[b, j] * d[b, j] < _CROSSING else _f32(0)
+                change[b, j] = change_of(s[b, j], y[b, j], d[b, j])
+                y_new[b, j] = y[b, j] + change[b, j]
+            if crossings > 0:
+                for j in range(n):
+                    change[b, j] = crossing(s[b, j], y[b, j], d[b, j])
+                    y_new[b, j] = y[b, j] + change[b, j]
+
+    @njit(**_ARITHMETIC)
     def pull(y_, p_, e_, batch, n):  # pragma: no cover
         y, p = numba.carray(_floats(y_), (batch, n)), numba.carray(_floats(p_), (batch, n))
         e = numba.carray(_floats(e_), (batch, n))
@@ -181,4 +202,4 @@ def kernels(activation: str) -> Kernels | None:
                     row += force * force
             norm[b] = math.sqrt(row)
 
-    return Kernels(activate, pull, nudge)
+    return Kernels(activate, move, pull, nudge)

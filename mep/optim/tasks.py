@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mep.continual import EWC, Penalty
@@ -51,4 +52,5 @@ def consolidate(
         fisher, samples = getattr(penalty, "fisher", "empirical"), getattr(penalty, "samples", None)
         task = lambda: of_task(model, loader, how, fisher, samples)  # noqa: E731
     own = [p for p in parameters if p.requires_grad]
-    penalty.remember(own, [states[p] for p in own], task)
+    with torch.no_grad():
+        penalty.remember(own, [states[p] for p in own], task)

@@ -163,7 +163,7 @@ class Updating:
                 numbers = group if factor == 1 else {**group, "lr": group["lr"] * factor}
                 found: list[Any] = [gradients.of(p) for p in parameters]
                 states = [state[p] for p in parameters]
-                with self._penalised(rule, parameters, found, states, numbers) as whole:
+                with self._penalised(rule, parameters, found, states, numbers, twins) as whole:
                     every = (parameters, whole, states)
                     if twins:
                         every = _with_twins(parameters, whole, states, twins)
@@ -184,15 +184,16 @@ class Updating:
         gradients: list[Any],
         states: list[dict[str, Any]],
         group: dict[str, Any],
+        twins: Mapping[int, Tensor],
     ) -> Iterator[list[Any]]:
         """Lets the penalty act around one rule's step; yields the gradients for it."""
         penalty = self.penalty
-        if penalty is None or penalty.lam == 0:
+        if penalty is None:
             yield gradients
             return
         before = penalty.watch(parameters, states)
         step, pulled = rule.effective_step(group), list(gradients)
-        memories = [memory_of(state) for state in states]
+        memories = [memory_of(state) if penalty.lam else None for state in states]
         if step is None:
             for k, (p, memory) in enumerate(zip(parameters, memories, strict=True)):
                 if memory is not None:
@@ -201,7 +202,10 @@ class Updating:
         if step is not None:
             for p, memory in zip(parameters, memories, strict=True):
                 if memory is not None:
+                    at = p.clone() if id(p) in twins else p
                     penalty.pull(p, memory, step)
+                    if id(p) in twins:
+                        twins[id(p)].add_(p - at)
         if before is not None:
             penalty.learned(parameters, before, [_dense(g) for g in gradients], states)
 

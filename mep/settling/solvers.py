@@ -71,10 +71,8 @@ class GradientDescent(Solver):
         if velocity is None:
             velocity = [-rate * f for f in forces]
         else:
-            velocity = [
-                (self.momentum * u).sub_(f, alpha=rate)
-                for u, f in zip(velocity, forces, strict=True)
-            ]
+            for u, f in zip(velocity, forces, strict=True):
+                u.mul_(self.momentum).sub_(f, alpha=rate)
         moved = problem.displace([d + u for d, u in zip(at.displacements, velocity, strict=True)])
         forces, residual = problem.forces(moved)
         return Iterate(moved, residual, (forces, velocity))
