@@ -224,7 +224,7 @@ class Updating:
         yield from shares.values()
 
     def factored(self, parameters: Sequence[Tensor], roles: Roles, *, on_the_way: bool) -> set[int]:
-        """Returns the ids of the parameters whose gradients are better left as factors.
+        """Returns the ids of the matrices and kernels whose gradients are better left as factors.
 
         Args:
             parameters: of all groups.
@@ -236,7 +236,7 @@ class Updating:
             id(p)
             for rule, _, share in shares
             for p in share
-            if rule.takes_factors or (on_the_way and rule.folds(p))
+            if p.dim() > 1 and (rule.takes_factors or (on_the_way and rule.folds(p)))
         }
 
     def observe(
