@@ -14,7 +14,7 @@ import torch
 import mep
 from mep.bench.plot import canvas, styled
 from mep.bench.record import Record
-from mep.bench.regime import label, measure
+from mep.bench.regime import LIMIT, label, measure
 from mep.bench.steps import ARMS, EAGER, EP, FLOOR, NETS, Case, arms_of, case_of
 from mep.bench.table import Table, number
 from mep.bench.timing import interleave, spread
@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 __all__ = ["ARMS", "NETS", "SpeedConfig", "plot", "run", "table"]
 
 _Row = Mapping[str, Any]
+
+# Colours follow this order, whatever is shown.
+_ORDER = (
+    "ep",
+    "backprop",
+    "limit",
+    "fused",
+    "foreach",
+    "compiled",
+    "settle10",
+    "settle30",
+    "floor",
+)
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,11 @@ def _summary(arm: str, rows: Sequence[_Row], regime: _Row) -> dict[str, Any]:
     return {**summary, **regime} if arm == EP else summary
 
 
+def _settled(entry: _Row) -> float | None:
+    """The residual, where something settles."""
+    return None if entry["arm"] == LIMIT else entry.get("residual")
+
+
 def table(record: Record) -> Table:
     """One line per case and arm."""
     config = record.config
@@ -174,7 +192,7 @@ def _line(entry: _Row) -> list[str]:
     return [
         _label([entry]), entry["net"], str(entry["depth"]), str(entry["width"]),
         str(entry["batch"]), f"{entry['ms']:.2f}", f"{entry['ratio']:.2f} [{low:.2f}, {high:.2f}]",
-        number(entry.get("floors"), ".2f"), number(entry.get("residual")),
+        number(entry.get("floors"), ".2f"), number(_settled(entry)),
         number(entry.get("c"), ".2g"),
     ]  # fmt: skip
 
@@ -189,15 +207,17 @@ def plot(record: Record) -> Figure:
     figure, axes = canvas(2, table(record).title)
     panels = [("ms", "time per update / ms"), ("ratio", "time relative to the fastest backprop")]
     cases = list(dict.fromkeys(_case(entry) for entry in record.summary["arms"]))
-    for index, key in enumerate(record.config["arms"]):
+    for key in sorted(record.config["arms"], key=_ORDER.index):
+        index = _ORDER.index(key)
         entries = [entry for entry in record.summary["arms"] if entry["arm"] == ARMS[key]]
         places = [cases.index(_case(entry)) for entry in entries]
         for ax, (quantity, _) in zip(axes, panels, strict=True):
             low, high = zip(*(entry[f"{quantity}_quartiles"] for entry in entries), strict=True)
             middle = [entry[quantity] for entry in entries]
-            style = f"C{index % 5}{'-' if index < 5 else '--'}"
-            ax.plot(places, middle, style, marker="o", label=_label(entries))
-            ax.fill_between(places, low, high, color=f"C{index % 5}", alpha=0.2, linewidth=0)
+            colour = "0.3" if key == "floor" else f"C{index % 5}"
+            style = "-" if index < 5 else "--"
+            ax.plot(places, middle, style, color=colour, marker="o", label=_label(entries))
+            ax.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
     for ax, (_, quantity) in zip(axes, panels, strict=True):
         ax.set(ylabel=quantity, xlabel=_differing(record.summary["arms"]))
         ax.set_xticks(range(len(cases)), [_short(case, cases) for case in cases])
