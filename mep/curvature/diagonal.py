@@ -13,7 +13,7 @@ __all__ = ["diagonal_fisher"]
 
 # Samples whose gradients are formed at once, where the sum comes before the square: they stay in
 # the cache; and elements of them, where even these would not.
-_SAMPLES, _AT_ONCE = 16, 2**22
+_SAMPLES, _AT_ONCE = 8, 2**22
 
 
 def diagonal_fisher(signals: Sequence[Signal]) -> Tensor:
