@@ -142,6 +142,8 @@ class EWC(Penalty):
     ) -> dict[str, Any] | None:
         """Returns a parameter's memory with another task in it."""
         center = parameter.detach()
+        if task.factors is None and task.diagonal is None:  # nothing to say of it
+            return memory
         if memory is not None and ("tasks" in memory) != (task.factors is not None):
             raise ValueError(
                 f"the state holds the memory of another penalty than {self}: load a checkpoint of "
@@ -151,8 +153,7 @@ class EWC(Penalty):
             a, g = task.factors
             factors = a / task.seen, g / task.count  # the activity is the same in every direction
             return kronecker.add(memory, factors, center, self.gamma, self.damping)
-        if task.diagonal is None:  # the task has nothing to say of it
-            return memory
+        assert task.diagonal is not None
         curvature = (task.diagonal / task.count).to(center.dtype)
         curvature += self.damping * curvature.mean()
         if self.mode == "separate":
