@@ -11,7 +11,7 @@ from torch import Tensor
 from mep.continual import diagonal, kronecker
 from mep.continual.fisher import Sweeps, check_fisher, widened
 from mep.continual.penalty import Penalty, check_strength, memory_of
-from mep.curvature import Signal, diagonal_fisher, kronecker_factors
+from mep.curvature import Signal, activity_factor, diagonal_fisher, error_factor
 
 __all__ = ["EWC"]
 
@@ -122,9 +122,9 @@ class EWC(Penalty):
             raise ValueError("EWC takes a task's curvature from its data: consolidate(loader)")
         sums = {id(p): _Sum(self.curvature == "kronecker") for p in parameters}
         for size, sweeps in task():
-            for sweep in sweeps():
+            for k, sweep in enumerate(sweeps()):
                 for key in sums.keys() & sweep.keys():
-                    sums[key].add(sweep[key], size)
+                    sums[key].add(sweep[key], size, first=k == 0)
             for total in sums.values():
                 total.count += size
         _check_finite([*sums.values()])
@@ -151,7 +151,7 @@ class EWC(Penalty):
             )
         if task.factors is not None:
             a, g = task.factors
-            factors = a / task.seen, g / task.count  # the activity is the same in every direction
+            factors = a / task.count, g / task.count
             return kronecker.add(memory, factors, center, self.gamma, self.damping)
         assert task.diagonal is not None
         curvature = (task.diagonal / task.count).to(center.dtype)
@@ -164,25 +164,20 @@ class EWC(Penalty):
 
 
 class _Sum:
-    """One parameter's curvature, summed over the samples of a task.
-
-    Attributes:
-        count: samples.
-        seen: samples times directions.
-    """
+    """One parameter's curvature, summed over the ``count`` samples of a task."""
 
     def __init__(self, factored: bool) -> None:
-        self.factored, self.count, self.seen = factored, 0, 0
+        self.factored, self.count = factored, 0
         self.factors: tuple[Tensor, Tensor] | None = None
         self.diagonal: Tensor | None = None
 
-    def add(self, signals: list[Signal], size: int) -> None:
-        """Adds one direction of one batch."""
-        self.seen += size
+    def add(self, signals: list[Signal], size: int, *, first: bool) -> None:
+        """Adds one direction of one batch; the activity is that of the first direction."""
         if self.factored and len(signals) == 1 and signals[0].rows is not None:
-            a, g = (t * size for t in kronecker_factors(signals))
-            known = self.factors
-            self.factors = (a, g) if known is None else (known[0] + a, known[1] + g)
+            a, g = self.factors or (0.0, 0.0)
+            a = a + activity_factor(signals[0]) * size if first else a
+            assert isinstance(a, Tensor), "every batch has a first direction"
+            self.factors = a, g + error_factor(signals[0]) * size
         else:
             found = widened(diagonal_fisher(signals)) * size
             self.diagonal = found if self.diagonal is None else self.diagonal + found

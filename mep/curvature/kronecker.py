@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mep.curvature.signal import Signal
 
-__all__ = ["kronecker_factors"]
+__all__ = ["activity_factor", "error_factor", "kronecker_factors"]
 
 
 def kronecker_factors(signals: Sequence[Signal]) -> tuple[Tensor, Tensor]:
@@ -34,11 +34,23 @@ def kronecker_factors(signals: Sequence[Signal]) -> tuple[Tensor, Tensor]:
 
     Source: Martens & Grosse 2015, eq. 1; Grosse & Martens 2016, theorem 1 (convolutions).
     """
-    activity, error = [], []
-    for signal in signals:
-        assert signal.rows is not None
-        a, e = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in signal.rows())
-        per_sample = signal.scale * signal.samples
-        activity.append(torch.mm(a.t(), a) / signal.samples)
-        error.append(torch.mm(e.t(), e) * (per_sample**2 / len(e)))
-    return torch.stack(activity).mean(0), torch.stack(error).sum(0)
+    activities = [activity_factor(signal) for signal in signals]
+    return torch.stack(activities).mean(0), torch.stack([*map(error_factor, signals)]).sum(0)
+
+
+def activity_factor(signal: Signal) -> Tensor:
+    """Returns ``A`` ``(in, in)`` of one signal: the same for every direction of the output."""
+    a, _ = _rows(signal)
+    return torch.mm(a.t(), a) / signal.samples
+
+
+def error_factor(signal: Signal) -> Tensor:
+    """Returns the part of ``G`` ``(out, out)`` that one direction of the output adds."""
+    _, e = _rows(signal)
+    return torch.mm(e.t(), e) * ((signal.scale * signal.samples) ** 2 / len(e))
+
+
+def _rows(signal: Signal) -> tuple[Tensor, Tensor]:
+    assert signal.rows is not None
+    a, e = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in signal.rows())
+    return a, e
