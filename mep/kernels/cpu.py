@@ -63,7 +63,7 @@ def _floats(typingctx: Any, address: Any) -> Any:
 
 
 @njit(inline="always")
-def _tanh(x):  # pragma: no cover
+def _tanh(x):
     """A quotient of odd and even polynomials, to 4e-7 of the value."""
     c = min(max(x, _f32(-7.9988117)), _f32(7.9988117))
     q = c * c
@@ -80,35 +80,35 @@ def _tanh(x):  # pragma: no cover
 
 
 @njit(inline="always")
-def _tanh_slope(y):  # pragma: no cover
+def _tanh_slope(y):
     return _f32(1) - y * y
 
 
 @njit(inline="always")
-def _tanh_change(s, y, d):  # pragma: no cover
+def _tanh_change(s, y, d):
     """``tanh(s + d) - tanh s = t (1 - y^2) / (1 + y t)`` with ``t = tanh d``."""
     t = _tanh(d)
     return t * (_f32(1) - y * y) / (_f32(1) + y * t)
 
 
 @njit(inline="always")
-def _tanh_crossing(s, y, d):  # pragma: no cover
+def _tanh_crossing(s, y, d):
     """The same for a unit on its way to the other end, where quotient and square lose digits."""
     return _tanh(s + d) - y if y * d < _CROSSING else _tanh_change(s, y, d)
 
 
 @njit(inline="always")
-def _relu(x):  # pragma: no cover
+def _relu(x):
     return _f32(0) if x <= 0 else x
 
 
 @njit(inline="always")
-def _relu_slope(y):  # pragma: no cover
+def _relu_slope(y):
     return _f32(0) if y <= 0 else _f32(1)
 
 
 @njit(inline="always")
-def _relu_change(s, y, d):  # pragma: no cover
+def _relu_change(s, y, d):
     """``max(d + min(s, 0), -max(s, 0))``: exactly ``d`` or 0 where the kink is not crossed."""
     moved = d + (s - y)
     return -y if moved <= -y else moved
@@ -128,7 +128,7 @@ def kernels(activation: str) -> Kernels | None:
     value, slope, change_of, crossing = _ACTIVATIONS[activation]
 
     @njit(**_ARITHMETIC)
-    def activate(s_, bias_, y_, batch, n):  # pragma: no cover
+    def activate(s_, bias_, y_, batch, n):
         s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
         if bias_ != 0:
             bias = numba.carray(_floats(bias_), (n,))
@@ -142,7 +142,7 @@ def kernels(activation: str) -> Kernels | None:
                     y[b, j] = value(s[b, j])
 
     @njit(**_ARITHMETIC)
-    def move(s_, y_, d_, change_, y_new_, batch, n):  # pragma: no cover
+    def move(s_, y_, d_, change_, y_new_, batch, n):
         s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
         d, change = (
             numba.carray(_floats(d_), (batch, n)),
@@ -161,7 +161,7 @@ def kernels(activation: str) -> Kernels | None:
                     y_new[b, j] = y[b, j] + change[b, j]
 
     @njit(**_ARITHMETIC)
-    def pull(y_, p_, e_, batch, n):  # pragma: no cover
+    def pull(y_, p_, e_, batch, n):
         y, p = numba.carray(_floats(y_), (batch, n)), numba.carray(_floats(p_), (batch, n))
         e = numba.carray(_floats(e_), (batch, n))
         total = 0.0
@@ -175,7 +175,7 @@ def kernels(activation: str) -> Kernels | None:
         return total
 
     @njit(**_ARITHMETIC)
-    def nudge(s_, y_, d_, p_, e_, change_, y_new_, norm_, batch, n):  # pragma: no cover
+    def nudge(s_, y_, d_, p_, e_, change_, y_new_, norm_, batch, n):
         s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
         d, p = numba.carray(_floats(d_), (batch, n)), numba.carray(_floats(p_), (batch, n))
         e, norm = numba.carray(_floats(e_), (batch, n)), numba.carray(_floats(norm_), (batch,))
