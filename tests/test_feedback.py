@@ -224,7 +224,7 @@ def test_digits_are_learned_and_feedback_aligns():
     opt = optimizer(model, POLLACK, lr=0.1, momentum=0.9, weight_decay=1e-2)
     (w,), (b,) = matrices(model, opt)
     assert abs(cosine(w, b)) < 0.2
-    epochs, random = 15, torch.Generator().manual_seed(0)
+    epochs, random = 10, torch.Generator().manual_seed(0)
     steps = epochs * -(-len(data.y_train) // 32)
     rates = torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, steps, cycle_momentum=False)
     for _ in range(epochs):

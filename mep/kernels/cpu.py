@@ -1,4 +1,4 @@
-"""Fused kernels for float32 on a CPU, compiled by numba on first use.
+"""Fused kernels for float32 on a CPU, compiled by numba on first use and kept on disk.
 
 Each reads its operands once and writes its results once, where a chain of torch calls walks
 through memory for every operation. They take addresses of contiguous memory: wrapping an array
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from typing import Any
 
 import numba
@@ -50,6 +50,14 @@ class Kernels:
     move: Callable[..., None]
     pull: Callable[..., float]
     nudge: Callable[..., None]
+
+
+def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles on first use, and keeps what it has compiled for the next process."""
+    try:
+        return njit(cache=True, **_ARITHMETIC)(function)
+    except RuntimeError:  # there is no place on this machine where it could be kept
+        return njit(**_ARITHMETIC)(function)
 
 
 @intrinsic
@@ -114,92 +122,113 @@ def _relu_change(s, y, d):
     return -y if moved <= -y else moved
 
 
-_ACTIVATIONS = {
-    "tanh": (_tanh, _tanh_slope, _tanh_change, _tanh_crossing),
-    "relu": (_relu, _relu_slope, _relu_change, _relu_change),
-}
+_KINDS = {"tanh": 0, "relu": 1}
+_TANH = _KINDS["tanh"]
 
 
-@cache
-def kernels(activation: str) -> Kernels | None:
-    """Returns the kernels of an activation, or None if it has none here."""
-    if activation not in _ACTIVATIONS:
-        return None
-    value, slope, change_of, crossing = _ACTIVATIONS[activation]
+# The compiler takes a choice that is the same for all units out of the loop.
+@njit(inline="always")
+def _value(kind, x):
+    return _tanh(x) if kind == _TANH else _relu(x)
 
-    @njit(**_ARITHMETIC)
-    def activate(s_, bias_, y_, batch, n):
-        s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
-        if bias_ != 0:
-            bias = numba.carray(_floats(bias_), (n,))
-            for b in range(batch):
-                for j in range(n):
-                    s[b, j] += bias[j]
-                    y[b, j] = value(s[b, j])
-        else:
-            for b in range(batch):
-                for j in range(n):
-                    y[b, j] = value(s[b, j])
 
-    @njit(**_ARITHMETIC)
-    def move(s_, y_, d_, change_, y_new_, batch, n):
-        s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
-        d, change = (
-            numba.carray(_floats(d_), (batch, n)),
-            numba.carray(_floats(change_), (batch, n)),
-        )
-        y_new = numba.carray(_floats(y_new_), (batch, n))
+@njit(inline="always")
+def _slope(kind, y):
+    return _tanh_slope(y) if kind == _TANH else _relu_slope(y)
+
+
+@njit(inline="always")
+def _change(kind, s, y, d):
+    return _tanh_change(s, y, d) if kind == _TANH else _relu_change(s, y, d)
+
+
+@njit(inline="always")
+def _crossing(kind, s, y, d):
+    return _tanh_crossing(s, y, d) if kind == _TANH else _relu_change(s, y, d)
+
+
+@_kernel
+def _activate(kind, s_, bias_, y_, batch, n):
+    s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
+    if bias_ != 0:
+        bias = numba.carray(_floats(bias_), (n,))
         for b in range(batch):
-            crossings = _f32(0)
             for j in range(n):
-                crossings += _f32(1) if y[b, j] * d[b, j] < _CROSSING else _f32(0)
-                change[b, j] = change_of(s[b, j], y[b, j], d[b, j])
-                y_new[b, j] = y[b, j] + change[b, j]
-            if crossings > 0:
-                for j in range(n):
-                    change[b, j] = crossing(s[b, j], y[b, j], d[b, j])
-                    y_new[b, j] = y[b, j] + change[b, j]
-
-    @njit(**_ARITHMETIC)
-    def pull(y_, p_, e_, batch, n):
-        y, p = numba.carray(_floats(y_), (batch, n)), numba.carray(_floats(p_), (batch, n))
-        e = numba.carray(_floats(e_), (batch, n))
-        total = 0.0
+                s[b, j] += bias[j]
+                y[b, j] = _value(kind, s[b, j])
+    else:
         for b in range(batch):
+            for j in range(n):
+                y[b, j] = _value(kind, s[b, j])
+
+
+@_kernel
+def _move(kind, s_, y_, d_, change_, y_new_, batch, n):
+    s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
+    d, change = (
+        numba.carray(_floats(d_), (batch, n)),
+        numba.carray(_floats(change_), (batch, n)),
+    )
+    y_new = numba.carray(_floats(y_new_), (batch, n))
+    for b in range(batch):
+        crossings = _f32(0)
+        for j in range(n):
+            crossings += _f32(1) if y[b, j] * d[b, j] < _CROSSING else _f32(0)
+            change[b, j] = _change(kind, s[b, j], y[b, j], d[b, j])
+            y_new[b, j] = y[b, j] + change[b, j]
+        if crossings > 0:
+            for j in range(n):
+                change[b, j] = _crossing(kind, s[b, j], y[b, j], d[b, j])
+                y_new[b, j] = y[b, j] + change[b, j]
+
+
+@_kernel
+def _pull(kind, y_, p_, e_, batch, n):
+    y, p = numba.carray(_floats(y_), (batch, n)), numba.carray(_floats(p_), (batch, n))
+    e = numba.carray(_floats(e_), (batch, n))
+    total = 0.0
+    for b in range(batch):
+        row = _f32(0)
+        for j in range(n):
+            error = _slope(kind, y[b, j]) * p[b, j]
+            e[b, j] = error
+            row += error * error
+        total += row
+    return total
+
+
+@_kernel
+def _nudge(kind, s_, y_, d_, p_, e_, change_, y_new_, norm_, batch, n):
+    s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
+    d, p = numba.carray(_floats(d_), (batch, n)), numba.carray(_floats(p_), (batch, n))
+    e, norm = numba.carray(_floats(e_), (batch, n)), numba.carray(_floats(norm_), (batch,))
+    change = numba.carray(_floats(change_), (batch, n))
+    y_new = numba.carray(_floats(y_new_), (batch, n))
+    for b in range(batch):
+        row, crossings = _f32(0), _f32(0)  # a count: a minimum would not be vectorised
+        for j in range(n):
+            crossings += _f32(1) if y[b, j] * d[b, j] < _CROSSING else _f32(0)
+            moved = _change(kind, s[b, j], y[b, j], d[b, j])
+            value_new = y[b, j] + moved
+            change[b, j] = moved
+            y_new[b, j] = value_new
+            force = _slope(kind, value_new) * p[b, j] - e[b, j]
+            row += force * force
+        if crossings > 0:  # hardly ever: the whole row again, with care
             row = _f32(0)
             for j in range(n):
-                error = slope(y[b, j]) * p[b, j]
-                e[b, j] = error
-                row += error * error
-            total += row
-        return total
-
-    @njit(**_ARITHMETIC)
-    def nudge(s_, y_, d_, p_, e_, change_, y_new_, norm_, batch, n):
-        s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
-        d, p = numba.carray(_floats(d_), (batch, n)), numba.carray(_floats(p_), (batch, n))
-        e, norm = numba.carray(_floats(e_), (batch, n)), numba.carray(_floats(norm_), (batch,))
-        change = numba.carray(_floats(change_), (batch, n))
-        y_new = numba.carray(_floats(y_new_), (batch, n))
-        for b in range(batch):
-            row, crossings = _f32(0), _f32(0)  # a count: a minimum would not be vectorised
-            for j in range(n):
-                crossings += _f32(1) if y[b, j] * d[b, j] < _CROSSING else _f32(0)
-                moved = change_of(s[b, j], y[b, j], d[b, j])
+                moved = _crossing(kind, s[b, j], y[b, j], d[b, j])
                 value_new = y[b, j] + moved
                 change[b, j] = moved
                 y_new[b, j] = value_new
-                force = slope(value_new) * p[b, j] - e[b, j]
+                force = _slope(kind, value_new) * p[b, j] - e[b, j]
                 row += force * force
-            if crossings > 0:  # hardly ever: the whole row again, with care
-                row = _f32(0)
-                for j in range(n):
-                    moved = crossing(s[b, j], y[b, j], d[b, j])
-                    value_new = y[b, j] + moved
-                    change[b, j] = moved
-                    y_new[b, j] = value_new
-                    force = slope(value_new) * p[b, j] - e[b, j]
-                    row += force * force
-            norm[b] = math.sqrt(row)
+        norm[b] = math.sqrt(row)
 
-    return Kernels(activate, move, pull, nudge)
+
+def kernels(activation: str) -> Kernels | None:
+    """Returns the kernels of an activation, or None if it has none here."""
+    if activation not in _KINDS:
+        return None
+    kind = _KINDS[activation]
+    return Kernels(*(partial(kernel, kind) for kernel in (_activate, _move, _pull, _nudge)))
