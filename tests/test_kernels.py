@@ -56,15 +56,18 @@ def activated(between, s, bias=None):
     return s, y
 
 
-def nudged(between, s, d, p=None, e=None):
+def nudged(between, s, d, p=None, e=None, beta=0.0):
     """Change, new activity and norm, from a state without bias."""
     s, y = activated(between, s)
     p, e = (torch.zeros_like(s) if t is None else t for t in (p, e))
-    given = [t.clone() for t in (s, y, d, p, e)]
+    given, d = [t.clone() for t in (s, y, d, p, e)], d.clone()
+    if beta:
+        given[2] += beta * e
     change, y_new, norm = (torch.full_like(t, NAN) for t in (s, s, s[:, 0]))
-    between.nudge(s, y, d, p, e, change, y_new, norm)
+    between.nudge(s, y, d, beta, p, e, change, y_new, norm)
     for kept, before in zip((s, y, d, p, e), given, strict=True):
-        torch.testing.assert_close(kept, before, rtol=0, atol=0, equal_nan=True)
+        bound = {"rtol": EPS, "atol": EPS} if kept is d and beta else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(kept, before, equal_nan=True, **bound)
     return change, y_new, norm
 
 
@@ -111,10 +114,12 @@ def test_pull(name, twin, shape):
 @both
 @every
 @pytest.mark.parametrize("shape", SHAPES)
-def test_nudge(name, twin, shape):
+@pytest.mark.parametrize("beta", [0.0, -0.02])
+def test_nudge(name, twin, shape, beta):
     s, d = normal(*shape), normal(*shape, seed=1, scale=0.1)
     p, e = normal(*shape, seed=2), normal(*shape, seed=3)
-    change, y_new, norm = nudged(arithmetic(name, twin), s, d, p, e)
+    change, y_new, norm = nudged(arithmetic(name, twin), s, d, p, e, beta)
+    d = torch.add(d, e, alpha=beta)
     s, d, p, e = (t.double() for t in (s, d, p, e))
     new = TRUTH[name](s + d)
     assert within(change, new - TRUTH[name](s), CHANGE * d.abs())

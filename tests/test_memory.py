@@ -214,7 +214,9 @@ def test_optimizer_state_is_known_from_the_end_of_the_first_step(name):
     assert usage.peak["optimizer state"] == size
     with track(model) as blind:
         one_step(model, opt, x)
-    assert blind.peak["optimizer state"] == 0 and blind.extra > usage.extra
+    assert blind.peak["optimizer state"] == 0
+    most = [u.phases.get("mep: update", u.extra) for u in (blind, usage)]
+    assert most[0] > most[1]
 
 
 ROWS = {

@@ -20,9 +20,10 @@ from torch import nn
 import mep
 from mep.blocks import run
 from mep.blocks.buffers import Buffers
-from mep.blocks.rows import rows
 from mep.blocks.run import DenseRun, Run, _Gradients
 from mep.contrast.phases import all_finite
+from mep.curvature import Stack
+from mep.kernels import rows
 
 # Roundings of 1e-7, through five blocks up, down and up again, relative to the size of an update.
 SINGLE = 2e-5
@@ -372,7 +373,7 @@ def test_gradients_can_be_asked_for_again():
         truth[block.weight] = 0.3 * torch.einsum("ni,nj->ij", e_k, a_k)
         truth[block.bias] = 0.3 * e_k.sum(0)
     with torch.no_grad(), Buffers().lend():
-        whole = _Gradients(a, e, 0.3)
+        whole = _Gradients(Stack(a, e), 0.3)
         signals = [s for k, block in enumerate(blocks) for s in whole.signals(k, block)]
         assert {s.parameter for s in signals} == {p for p in truth if p.requires_grad}
         for signal in [*signals, *signals[::-1], *signals]:

@@ -435,14 +435,15 @@ def test_step_on_a_batch_clips_as_torch(mode):
 
 
 @pytest.mark.parametrize("mode", ["ep", "backprop"])
-def test_limit_above_every_norm_changes_no_bit(mode):
+def test_limit_above_every_norm_changes_nothing(mode):
+    """But that EP's gradients are formed, and no longer added up in the momentum."""
     found = []
     for clip_norm in (None, 1e3):
         model = network()
         opt = mep.EPOptimizer(model.parameters(), model=model, mode=mode, clip_norm=clip_norm)
         train(opt, 3, batch_of())
         found.append(weights(model))
-    assert identical(*found)
+    assert identical(*found) if mode == "backprop" else distance(*found) < 1e-14
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, math.inf, math.nan])

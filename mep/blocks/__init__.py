@@ -4,7 +4,6 @@ from mep.blocks.block import Block, sample_norm
 from mep.blocks.buffers import Buffers, give
 from mep.blocks.chain import Chain, TraceError, trace
 from mep.blocks.randomness import random_state, replayed
-from mep.blocks.rows import rows
 from mep.blocks.run import Feedback, product
 
 __all__ = [
@@ -17,7 +16,6 @@ __all__ = [
     "product",
     "random_state",
     "replayed",
-    "rows",
     "sample_norm",
     "trace",
 ]

@@ -146,7 +146,7 @@ class DenseBlock(ClosedBlock):
         (s, y), change, y_new = point.values, point.room(), point.room()
         norm = torch.empty_like(d[:, 0])
         product, e = product.contiguous(), e.contiguous()
-        point.between.nudge(s, y, d, product, e, change, y_new, norm)
+        point.between.nudge(s, y, d, 0.0, product, e, change, y_new, norm)
         delta = torch.mm(change, self.transpose, out=point.outputs.take())
         point.inputs.give(change)
         return delta, point.moved(y_new), norm

@@ -54,17 +54,20 @@ class Elementwise:
         s: Tensor,
         y: Tensor,
         d: Tensor,
+        beta: float,
         product: Tensor,
         e: Tensor,
         change: Tensor,
         y_new: Tensor,
         norm: Tensor,
     ) -> None:
-        """Moves the state by ``d``.
+        """Moves the state by ``d <- d + beta e``.
 
         ``change <- phi(s + d) - phi(s)`` without cancellation, ``y_new <- phi(s + d)``, and per
         sample ``norm <- ||phi'(s + d) product - e||``, the force below.
         """
+        if beta:
+            d.add_(e, alpha=beta)
         spare = shelf(s)
         s_new = torch.add(s, d, out=spare.take())
         self.activation.move(s, y, d, s_new, room=(change, y_new, s_new))
@@ -103,6 +106,7 @@ class _Fused(Elementwise):
         s: Tensor,
         y: Tensor,
         d: Tensor,
+        beta: float,
         product: Tensor,
         e: Tensor,
         change: Tensor,
@@ -110,7 +114,7 @@ class _Fused(Elementwise):
         norm: Tensor,
     ) -> None:
         self.kernels.nudge(
-            s.data_ptr(), y.data_ptr(), d.data_ptr(), product.data_ptr(), e.data_ptr(),
+            s.data_ptr(), y.data_ptr(), d.data_ptr(), beta, product.data_ptr(), e.data_ptr(),
             change.data_ptr(), y_new.data_ptr(), norm.data_ptr(), *s.shape,
         )  # fmt: skip
 

@@ -102,7 +102,7 @@ class LocalBlock(Block):
                 form = partial(torch.mul, gradient.contiguous(), scale)
                 inner_rows = rows.get(id(parameter))
                 alone = partial(each.of, parameter)
-                yield Signal(parameter, scale, e.shape[0], form, inner_rows, alone)
+                yield Signal(parameter, scale, e.shape[0], form, inner_rows, alone, formed=True)
 
     def commit(self, point: _Point) -> None:
         own = dict(self._body.named_buffers())

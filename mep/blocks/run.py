@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.blocks.block import Block
+from mep.blocks.block import Block, sample_norm
 from mep.blocks.buffers import lending, shelf
 from mep.blocks.dense import DenseBlock, DensePoint
 from mep.blocks.elementwise import elementwise_of
-from mep.blocks.rows import rows
-from mep.curvature import Signal
+from mep.curvature import Signal, Stack
+from mep.kernels import rows
 
 __all__ = ["DenseRun", "Feedback", "Run", "product", "runs_of"]
 
@@ -89,7 +89,7 @@ class Run:
         products: list[Tensor],
         beta: float,
         visit: Visit | None,
-    ) -> tuple[list[Tensor], list[Any], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Any], Tensor]:
         """The nudged forward sweep, ``d_above = f(s + d) - f(s) + beta e_above``.
 
         Args:
@@ -103,20 +103,20 @@ class Run:
                 the sweep has no more use for the block.
 
         Returns:
-            Displacements above, points at the displaced states, and per sample the norms of the
+            Displacements above, points at the displaced states, and per sample the squares of all
             forces below.
         """
-        displacements, moved, norms = [], [], []
+        displacements, moved, squares = [], [], torch.zeros_like(sample_norm(d))
         arguments = zip(self.blocks, points, below, above, products, strict=True)
         for i, (block, before, e_below, e_above, pulled) in enumerate(arguments, self.start):
             delta, point, norm = block.advance(before, d, pulled, e_below)
             d = delta.add_(e_above, alpha=beta)
             displacements.append(d)
             moved.append(point)
-            norms.append(norm)
+            squares.addcmul_(norm, norm)
             if visit is not None:
                 visit(i, point, e_above)
-        return displacements, moved, norms
+        return displacements, moved, squares
 
     def signals(self, points: list[Any], above: list[Tensor], scale: float) -> Iterator[Signal]:
         """Yields the local signals of all blocks, as ``Block.signals`` does."""
@@ -170,19 +170,26 @@ class DenseRun(Run):
         products: list[Tensor],
         beta: float,
         visit: Visit | None,
-    ) -> tuple[list[Tensor], list[Any], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Any], Tensor]:
         if visit is not None or not _together(points):
             return super().climb(points, d, below, above, products, beta, visit)
         between, d, spare, moved = points[0].between, d.contiguous(), shelf(d), []
         displacements, activities, change = self._above(d), self._below(d), spare.lend()
-        norms = shelf(d, (len(points), d.shape[0])).lend_rows()
-        for k, (point, block) in enumerate(zip(points, self.blocks, strict=True)):
+        norms, share = shelf(d, (len(points), d.shape[0])), 0.0
+        norm = norms.lend()
+        arguments = zip(
+            self.blocks, points, products, below, activities, norms.split(norm), displacements,
+            strict=True,
+        )  # fmt: skip
+        for block, point, pulled, e, y_new, force, above_it in arguments:
             s, y = point.values
-            between.nudge(s, y, d, products[k], below[k], change, activities[k], norms[k])
-            d = torch.addmm(above[k], change, block.transpose, beta=beta, out=displacements[k])
-            moved.append(point.moved(activities[k]))
+            between.nudge(s, y, d, share, pulled, e, change, y_new, force)
+            d = torch.mm(change, block.transpose, out=above_it)
+            moved.append(point.moved(y_new))
+            share = beta  # from here on, the next one adds what is still missing of d
+        d.add_(above[-1], alpha=beta)
         spare.give(change)
-        return displacements, moved, norms
+        return displacements, moved, norm.square().sum(0)
 
     def signals(self, points: list[Any], above: list[Tensor], scale: float) -> Iterator[Signal]:
         # The last block may be of another shape.
@@ -191,7 +198,7 @@ class DenseRun(Run):
         if len(activities) != 1 or len(errors) != 1 or len(points) < 3:
             yield from super().signals(points, above, scale)
             return
-        whole = _Gradients(activities[0], errors[0], scale)
+        whole = _Gradients(Stack(activities[0], errors[0]), scale)
         for k, block in enumerate(self.blocks[:-1]):
             yield from whole.signals(k, block)
         yield from self.blocks[-1].signals(points[-1], above[-1], scale)
@@ -219,13 +226,13 @@ class _Gradients:
     """The gradients of blocks whose activities and errors are rows of one tensor each.
 
     Args:
-        activities: ``(k, B, in)``.
-        errors: ``(k, B, out)``.
+        stack: activities and errors.
         scale: of the sums over the batch.
     """
 
-    def __init__(self, activities: Tensor, errors: Tensor, scale: float) -> None:
-        self._activities, self._errors, self._scale = activities, errors, scale
+    def __init__(self, stack: Stack, scale: float) -> None:
+        self._stack, self._scale = stack, scale
+        self._activities, self._errors = stack.activities, stack.errors
         self._given: set[tuple[str, int]] = set()
 
     def signals(self, k: int, block: DenseBlock) -> Iterator[Signal]:
@@ -233,7 +240,7 @@ class _Gradients:
         weight, bias, samples = block.weight, block.bias, self._errors.shape[1]
         if weight.requires_grad:
             form, rows = partial(self._weight, k), partial(self._rows, k)
-            yield Signal(weight, self._scale, samples, form, rows)
+            yield Signal(weight, self._scale, samples, form, rows, stack=(self._stack, k))
         if bias is not None and bias.requires_grad:
             form, rows = partial(self._bias, k), partial(self._bias_rows, k)
             yield Signal(bias, self._scale, samples, form, rows)

@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import Chain, rows, trace
+from mep.blocks import Chain, trace
 from mep.contrast.settings import Settings
 from mep.energies import FreePhase
+from mep.kernels import rows
 from mep.memory import phase
 from mep.settling import TRANSPOSE
 

@@ -2,14 +2,16 @@
 
 from mep.curvature.diagonal import diagonal_fisher
 from mep.curvature.kronecker import activity_factor, error_factor, kronecker_factors
-from mep.curvature.signal import Factors, Signal, finite_products
+from mep.curvature.signal import Factors, Signal, Stack, finite_products, stack_of
 
 __all__ = [
     "Factors",
     "Signal",
+    "Stack",
     "activity_factor",
     "diagonal_fisher",
     "error_factor",
     "finite_products",
     "kronecker_factors",
+    "stack_of",
 ]

@@ -6,13 +6,26 @@ needs: the dense gradient, the outer product's two factors, or statistics of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Factors", "Signal", "finite_products"]
+__all__ = ["Factors", "Signal", "Stack", "finite_products", "stack_of"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Stack:
+    """What the signals of several weights of one shape are made of, as rows of one tensor each.
+
+    Attributes:
+        activities: ``(k, N, in)``.
+        errors: ``(k, N, out)``.
+    """
+
+    activities: Tensor
+    errors: Tensor
 
 
 @dataclass(slots=True)
@@ -30,6 +43,8 @@ class Signal:
             a gradient is no outer product.
         per_sample: returns the gradients of some samples, ``(n, *shape)``, without the scale; None
             where there is one row per sample, from which they follow.
+        stack: the stack that ``rows`` come from, if there is one, and the place in it.
+        formed: whether the dense gradient is known already, and ``form`` costs no product.
     """
 
     parameter: nn.Parameter
@@ -38,6 +53,8 @@ class Signal:
     form: Callable[[], Tensor]
     rows: Callable[[], tuple[Tensor, Tensor]] | None = None
     per_sample: Callable[[slice], Tensor] | None = None
+    stack: tuple[Stack, int] | None = None
+    formed: bool = False
 
 
 class Factors:
@@ -57,6 +74,12 @@ class Factors:
 
     def __init__(self, signals: Iterable[Signal] = ()) -> None:
         self.signals = list(signals)
+
+    @property
+    def stack(self) -> Stack | None:
+        """The stack that the gradient is a part of, if it is a part of one."""
+        found = self.signals[0].stack
+        return None if found is None or len(self.signals) > 1 else found[0]
 
     def dense(self) -> Tensor:
         """Returns the gradient, a new tensor of the parameter's shape."""
@@ -85,6 +108,25 @@ class Factors:
             yield signal, *signal.rows()
 
 
+def stack_of(gradients: Sequence[Factors]) -> tuple[Stack, float] | None:
+    """Returns the stack whose weights these are, in order, and their scale; None if there is none.
+
+    >>> a, e = torch.ones(2, 3, 4), torch.ones(2, 3, 1)
+    >>> whole, weight = Stack(a, e), nn.Parameter(torch.zeros(1, 4))
+    >>> one = [Factors([Signal(weight, 0.5, 3, lambda: a, stack=(whole, k))]) for k in range(2)]
+    >>> stack_of(one) == (whole, 0.5), stack_of(one[1:]) is None
+    (True, True)
+    """
+    stack, scale = gradients[0].stack, gradients[0].signals[0].scale
+    if stack is None or not 1 < len(gradients) == len(stack.errors):
+        return None
+    for place, gradient in enumerate(gradients):
+        signal = gradient.signals[0]
+        if gradient.stack is not stack or signal.stack != (stack, place) or signal.scale != scale:
+            return None
+    return stack, scale
+
+
 def finite_products(gradients: Iterable[Factors]) -> bool:
     """True if all gradients are sure to be finite, without forming any.
 
@@ -93,11 +135,19 @@ def finite_products(gradients: Iterable[Factors]) -> bool:
     >>> finite_products([Factors([signal])])
     False
     """
-    rows = [row for gradient in gradients for row in gradient.rows()]
-    every = [t for _, a, e in rows for t in (a, e)]
-    norm = float(torch.nn.utils.get_total_norm(every))
+    signals = [signal for gradient in gradients for signal in gradient.signals]
+    stacks = {id(s.stack[0]): s.stack[0] for s in signals if s.stack is not None}
+    every = [t for stack in stacks.values() for t in (stack.activities, stack.errors)]
+    alone = Factors(signal for signal in signals if signal.stack is None)
+    every += [t for _, a, e in alone.rows() for t in (a, e)]
     # |G| <= |scale| |e| |a| for each product, and so with room to spare:
-    return norm * norm * sum(abs(s.scale) for s, _, _ in rows) <= torch.finfo(every[0].dtype).max
+    squares = sum(_squares(t) for t in every) * sum(abs(signal.scale) for signal in signals)
+    return squares <= torch.finfo(every[0].dtype).max
+
+
+def _squares(tensor: Tensor) -> float:
+    flat = tensor.reshape(-1)
+    return float(torch.dot(flat, flat))
 
 
 def _times(form: Callable[[], Tensor], factor: float) -> Callable[[], Tensor]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mep.kernels import cross_entropy
+
 __all__ = ["Cost", "CrossEntropy", "SquaredError", "cost_of"]
 
 
@@ -35,6 +37,10 @@ class Cost(ABC):
     @abstractmethod
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
         """Returns ``dC/ds`` with the shape of ``s``, for a prepared target."""
+
+    def both(self, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``value`` and ``gradient``: what they have in common is computed once."""
+        return self.value(s, y), self.gradient(s, y)
 
     def directions(self, s: Tensor) -> Iterator[Tensor]:
         """Yields ``v_k`` of the shape of ``s`` with ``sum_k v_k v_k^T = E[dC/ds dC/ds^T]``.
@@ -154,6 +160,10 @@ class CrossEntropy(Cost):
         classes = torch.softmax(self._taking_part(s), 1).movedim(1, -1).flatten(0, -2)
         y = torch.multinomial(classes, 1).view(s.shape[:1] + s.shape[2:])
         return self.gradient(s, y)
+
+    def both(self, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        known = cross_entropy(s, y) if self.classes is None else None
+        return known or super().both(s, y)
 
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
         p = torch.softmax(self._taking_part(s), 1)

@@ -43,6 +43,7 @@ class FreePhase:
         points: every block's point at its free input.
         target: the prepared target.
         loss: cost per sample, shape ``(B,)``.
+        cost_gradient: ``dC/ds_L`` at the free output.
     """
 
     def __init__(
@@ -58,16 +59,11 @@ class FreePhase:
         self.feedback = feedback
         self.states, self.points = chain.free(x)
         self.target = cost.prepare(target, self.states[-1])
-        self.loss = cost.value(self.states[-1], self.target)
+        self.loss, self.cost_gradient = cost.both(self.states[-1], self.target)
 
     def product(self, i: int, point: Any, e: Tensor) -> Tensor:
         """Returns block ``i``'s ``W^T e``, or ``B^T e`` where it has feedback of its own."""
         return product(self.chain.blocks[i], point, e, self.feedback)
-
-    @cached_property
-    def cost_gradient(self) -> Tensor:
-        """``dC/ds_L`` at the free output."""
-        return self.cost.gradient(self.states[-1], self.target)
 
     @property
     def unit(self) -> Messages:

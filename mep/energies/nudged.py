@@ -35,7 +35,8 @@ class Configuration:
         errors: ``e_1 ... e_{L-1}`` and the output's own displacement ``v``, per unit of beta.
         signal: the local error that the output sends down, ``-dE/df_L``, per unit of beta.
         points: every block's point at its displaced input.
-        norms: of the forces below the output, where the sweep that led here has left them.
+        squares: per sample, those of the forces below the output, where the sweep that led here has
+            left them.
         nudge: ``dC/ds_L`` at the displaced output, once it has been asked for.
         at_kinks: True if units of leading ramps were solved exactly and may rest on a kink.
     """
@@ -45,7 +46,7 @@ class Configuration:
     errors: list[Tensor]
     signal: Tensor
     points: list[Any]
-    norms: list[Tensor] | None = None
+    squares: Tensor | None = None
     nudge: Tensor | None = None
     at_kinks: bool = False
 
@@ -119,7 +120,8 @@ class Nudged:
         if messages.products is None:
             return self._forward_from_errors(messages, first)
         errors, products = messages.errors, messages.products
-        displacements, points, norms = [first], [self.free.points[0]], []
+        displacements, points = [first], [self.free.points[0]]
+        squares = torch.zeros_like(sample_norm(first))
         if self.visit is not None:
             self.visit(0, points[0], errors[0])
         for run in self.free.chain.runs[1:]:
@@ -130,10 +132,10 @@ class Nudged:
             )  # fmt: skip
             displacements += moved
             points += at
-            norms += forces
+            squares += forces
         found = self._read(displacements, list(errors), points)
         if isinstance(self.output, Squared):
-            found.norms = norms  # another output energy has another local error by now
+            found.squares = squares  # another output energy has another local error by now
         return found
 
     def _forward_from_errors(self, messages: Messages, first: Tensor) -> Configuration:
@@ -157,12 +159,14 @@ class Nudged:
 
     def forces(self, at: Configuration) -> tuple[list[Tensor], Residual]:
         forces = list(self._forces(at))
-        return forces, self._residual(at, [sample_norm(force) for force in forces])
+        norms = torch.stack([sample_norm(force) for force in forces])
+        return forces, self._residual(at, norms.square_().sum(0))
 
     def residual(self, at: Configuration) -> Residual:
-        if at.norms is None:
+        if at.squares is None:
             return self.forces(at)[1]
-        return self._residual(at, [*at.norms, sample_norm(self._output_force(at))])
+        norm = sample_norm(self._output_force(at))
+        return self._residual(at, torch.addcmul(at.squares, norm, norm))
 
     def _forces(self, at: Configuration) -> Iterator[Tensor]:
         signals = at.local_errors()
@@ -182,10 +186,9 @@ class Nudged:
         v, f = at.errors[-1] * self.beta, self._output_prediction(at)
         return self.output.force(v, f) / self.beta + self._nudge(at)
 
-    def _residual(self, at: Configuration, norms: list[Tensor]) -> Residual:
+    def _residual(self, at: Configuration, squares: Tensor) -> Residual:
         """Forces and nudge both per unit of beta, which cancels."""
-        nudge = sample_norm(self._nudge(at))
-        return Residual.of(torch.linalg.vector_norm(torch.stack(norms, dim=1), dim=1), nudge)
+        return Residual.of(squares.sqrt(), sample_norm(self._nudge(at)))
 
     def _descend(self, at: Configuration, *, exact_ramps: bool) -> Messages:
         """The backward sweep at a configuration."""
@@ -229,7 +232,7 @@ class Nudged:
         """``dC/ds_L`` at a configuration."""
         if at.nudge is None:
             s = self.free.states[-1] + at.displacements[-1]
-            at.nudge = self.free.cost.gradient(s, self.free.target)
+            at.nudge = self.free.cost.both(s, self.free.target)[1]
         return at.nudge
 
     def _output_prediction(self, at: Configuration) -> Tensor:

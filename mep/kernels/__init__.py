@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mep.kernels.rows import rows
+
 if TYPE_CHECKING:
     from mep.kernels.cpu import Kernels
 
-__all__ = ["available", "eager", "kernels_of"]
+__all__ = ["available", "cross_entropy", "eager", "kernels_of", "rows"]
 
 _eager: ContextVar[bool] = ContextVar("eager arithmetic", default=False)
 
@@ -62,6 +64,23 @@ def kernels_of(activation: str, like: Tensor) -> Kernels | None:
     if like.dtype != torch.float32 or not like.is_cpu or _eager.get():
         return None
     return _kernels(activation)
+
+
+def cross_entropy(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Returns ``-log softmax(s)_y`` and its gradient in ``s``, or None where there is no kernel.
+
+    Args:
+        s: ``(B, n)``.
+        y: ``(B,)``, in ``[0, n)``.
+    """
+    if s.dtype != torch.float32 or s.dim() != 2 or not s.is_cpu or _eager.get() or not available():
+        return None
+    from mep.kernels import cpu
+
+    s, y = s.contiguous(), y.contiguous()
+    value, gradient = torch.empty_like(s[:, 0]), torch.empty_like(s)
+    cpu.cross_entropy(s.data_ptr(), y.data_ptr(), value.data_ptr(), gradient.data_ptr(), *s.shape)
+    return value, gradient
 
 
 @cache

@@ -20,7 +20,7 @@ import numba
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["Kernels", "kernels"]
+__all__ = ["Kernels", "cross_entropy", "kernels"]
 
 _f32 = numba.float32
 # From this product of value and displacement on, a unit may end up on the other side.
@@ -42,8 +42,8 @@ class Kernels:
         move: ``(s, y, d, change, y_new, B, n)``: ``change <- phi(s + d) - phi(s)`` without
             cancellation, ``y_new <- phi(s + d)``.
         pull: ``(y, p, e, B, n)``: ``e <- phi'(s) p``; returns ``||e||^2``.
-        nudge: ``(s, y, d, p, e, change, y_new, norm, B, n)``: the same as ``move``, and per sample
-            ``norm <- ||phi'(s + d) p - e||``.
+        nudge: ``(s, y, d, beta, p, e, change, y_new, norm, B, n)``: ``d <- d + beta e``, the same
+            as ``move``, and per sample ``norm <- ||phi'(s + d) p - e||``.
     """
 
     activate: Callable[..., None]
@@ -60,14 +60,20 @@ def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
         return njit(**_ARITHMETIC)(function)
 
 
+def _cast(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+
 @intrinsic
 def _floats(typingctx: Any, address: Any) -> Any:
     """An address as a pointer to float32."""
+    return types.CPointer(types.float32)(address), _cast
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(address), codegen
+@intrinsic
+def _integers(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer to int64."""
+    return types.CPointer(types.int64)(address), _cast
 
 
 @njit(inline="always")
@@ -198,14 +204,18 @@ def _pull(kind, y_, p_, e_, batch, n):
 
 
 @_kernel
-def _nudge(kind, s_, y_, d_, p_, e_, change_, y_new_, norm_, batch, n):
+def _nudge(kind, s_, y_, d_, beta, p_, e_, change_, y_new_, norm_, batch, n):
     s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
     d, p = numba.carray(_floats(d_), (batch, n)), numba.carray(_floats(p_), (batch, n))
     e, norm = numba.carray(_floats(e_), (batch, n)), numba.carray(_floats(norm_), (batch,))
     change = numba.carray(_floats(change_), (batch, n))
     y_new = numba.carray(_floats(y_new_), (batch, n))
+    share = _f32(beta)
     for b in range(batch):
         row, crossings = _f32(0), _f32(0)  # a count: a minimum would not be vectorised
+        if share != 0:
+            for j in range(n):
+                d[b, j] += share * e[b, j]
         for j in range(n):
             crossings += _f32(1) if y[b, j] * d[b, j] < _CROSSING else _f32(0)
             moved = _change(kind, s[b, j], y[b, j], d[b, j])
@@ -224,6 +234,30 @@ def _nudge(kind, s_, y_, d_, p_, e_, change_, y_new_, norm_, batch, n):
                 force = _slope(kind, value_new) * p[b, j] - e[b, j]
                 row += force * force
         norm[b] = math.sqrt(row)
+
+
+@_kernel
+def cross_entropy(s_, y_, value_, gradient_, batch, n):
+    """``value <- -log softmax(s)_y``, ``gradient <- softmax(s) - one_hot(y)``, by sample.
+
+    The entry of the target is minus the others' sum, which keeps its digits where they are small.
+    """
+    s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_integers(y_), (batch,))
+    value = numba.carray(_floats(value_), (batch,))
+    gradient = numba.carray(_floats(gradient_), (batch, n))
+    for b in range(batch):
+        own, most = s[b, y[b]], s[b, 0]
+        for j in range(n):
+            most = max(most, s[b, j])
+        others = _f32(0)
+        for j in range(n):
+            gradient[b, j] = math.exp(s[b, j] - most) if j != y[b] else _f32(0)
+            others += gradient[b, j]
+        whole = others + math.exp(own - most)
+        for j in range(n):
+            gradient[b, j] /= whole
+        gradient[b, y[b]] = -others / whole
+        value[b] = (most - own) + math.log(whole)
 
 
 def kernels(activation: str) -> Kernels | None:

@@ -21,23 +21,27 @@ class Gradients:
 
     Args:
         factored: ids of the parameters whose gradients stay factors where they are outer products.
+        folded: the same, but only where the gradient would have to be formed otherwise.
     """
 
-    def __init__(self, factored: Collection[int] = ()) -> None:
-        self._factored = factored
+    def __init__(self, factored: Collection[int] = (), folded: Collection[int] = ()) -> None:
+        self._factored, self._folded = factored, folded
         self._found: dict[int, Gradient] = {}  # by id: hashing a tensor is slow
 
     def collect(self, signal: Signal) -> None:
         """Adds a signal (the sink of a contrast)."""
         key = id(signal.parameter)
         known = self._found.get(key)
-        if not self._factored and known is None:
-            self._found[key] = label(signal.form(), "gradients")
-        elif key in self._factored and signal.rows is not None and not isinstance(known, Tensor):
+        if self._as_factors(key, signal) and not isinstance(known, Tensor):
             self._found[key] = Factors([*(known.signals if known else ()), signal])
         else:
             gradient = label(signal.form(), "gradients")
             self._found[key] = gradient if known is None else _sum(known, gradient)
+
+    def _as_factors(self, key: int, signal: Signal) -> bool:
+        if signal.rows is None:
+            return False
+        return key in self._factored or (key in self._folded and not signal.formed)
 
     def put(self, parameter: Tensor, gradient: Tensor) -> None:
         """Sets a parameter's gradient."""

@@ -238,9 +238,8 @@ class EPOptimizer(Saved):
         self._roles = found
         if self.penalty is not None:
             self.penalty.bind(self._parameters(), self.state)
-        self._factored = self._updating.factored(
-            self._parameters(), found, on_the_way=self.blockwise
-        )
+        self._factored = self._updating.factored(self._parameters(), found)
+        self._folded = self._updating.folded(self._parameters(), found, on_the_way=self.blockwise)
 
     def step(  # type: ignore[override]
         self,
@@ -314,15 +313,15 @@ class EPOptimizer(Saved):
             observes = self._updating.observes
             return by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
         free = free_phase(model, x, target, self.how, self._feedback(model))
-        batch = by_contrast(free, self.how, self._factored)
+        batch = by_contrast(free, self.how, Gradients(self._factored, self._folded))
         self.last = batch.estimate
         return batch
 
     def _step_blockwise(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
         feedback = self._feedback(model)
         updates = BlockUpdates(
-            self._updating, self.param_groups, self._roles, self.state, self._factored,
-            self._twins(feedback),
+            self._updating, self.param_groups, self._roles, self.state,
+            self._factored | self._folded, self._twins(feedback),
         )  # fmt: skip
         how = replace(self.how, beta=self.easing.eased(self.how.beta))
         if self._budget is not None:

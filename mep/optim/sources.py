@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +39,8 @@ class Batch:
     estimate: Estimate | None = None
 
 
-def by_contrast(free: FreePhase, how: Settings, factored: Collection[int]) -> Batch:
-    """Settles and contrasts; gradients of the ``factored`` ids stay factors."""
-    gradients = Gradients(factored)
+def by_contrast(free: FreePhase, how: Settings, gradients: Gradients) -> Batch:
+    """Settles and contrasts; the gradients are collected."""
     found = contrast(free, how, gradients.collect)
     keep = lambda taken: free.commit() if taken else None  # noqa: E731
     return Batch(found.loss, gradients, found.status != DIVERGED, keep, free, found)

@@ -223,20 +223,37 @@ class Updating:
             shares.setdefault((id(found[0]), found[1]), (*found, []))[2].append(p)
         yield from shares.values()
 
-    def factored(self, parameters: Sequence[Tensor], roles: Roles, *, on_the_way: bool) -> set[int]:
-        """Returns the ids of the matrices and kernels whose gradients are better left as factors.
+    def factored(self, parameters: Sequence[Tensor], roles: Roles) -> set[int]:
+        """Returns the ids of the matrices and kernels whose rules want gradients as factors.
+
+        Args:
+            parameters: of all groups.
+            roles: of the parameters.
+        """
+        return {
+            id(p)
+            for rule, _, share in self.shares(list(parameters), roles)
+            for p in share
+            if p.dim() > 1 and rule.takes_factors
+        }
+
+    def folded(self, parameters: Sequence[Tensor], roles: Roles, *, on_the_way: bool) -> set[int]:
+        """Returns the ids of those whose rules need no gradient of their own, only its products.
+
+        Clipping reads the gradients of all blocks, where it is possible.
 
         Args:
             parameters: of all groups.
             roles: of the parameters.
             on_the_way: whether blocks are updated one by one.
         """
-        shares = self.shares(list(parameters), roles)
+        if not on_the_way and self.clip_norm is not None:
+            return set()
         return {
             id(p)
-            for rule, _, share in shares
+            for rule, _, share in self.shares(list(parameters), roles)
             for p in share
-            if p.dim() > 1 and (rule.takes_factors or (on_the_way and rule.folds(p)))
+            if p.dim() > 1 and rule.folds(p)
         }
 
     def observe(

@@ -84,8 +84,7 @@ class Rule(ABC):
     def folds(self, parameter: Tensor) -> bool:
         """Returns whether ``Factors`` save the rule from forming a parameter's gradient.
 
-        Blocks that are updated on the way send them then; where all gradients are formed together,
-        tensors are faster.
+        They are sent then, unless something else reads the gradient.
         """
         return self.takes_factors
 

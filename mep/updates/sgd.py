@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import (
+    Tensor,
+    _foreach_add_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch.optim.sgd import sgd
 
-from mep.curvature import Factors
+from mep.curvature import Factors, stack_of
+from mep.kernels import rows
 from mep.updates.rule import Rule, check_numbers
 
 __all__ = ["SGD"]
@@ -57,14 +63,17 @@ class SGD(Rule):
         group: dict[str, Any],
     ) -> None:
         dense: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        folded: dict[Any, list[tuple[Tensor, Factors, dict[str, Any]]]] = defaultdict(list)
         for p, gradient, state in zip(parameters, gradients, states, strict=True):
             if group["momentum"] != 0 and "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
-            momentum = state["momentum_buffer"] if group["momentum"] != 0 else None
             if isinstance(gradient, Factors):
-                self._fold(p, gradient, momentum, group)
+                folded[gradient.stack].append((p, gradient, state))
             else:
-                dense.append((p, gradient, momentum))
+                dense.append((p, gradient, state["momentum_buffer"] if group["momentum"] else None))
+        for same in folded.values():
+            ps, products, own = (list(values) for values in zip(*same, strict=True))
+            self._fold(ps, products, own, group)
         if not dense:
             return
         if self.decoupled and group["weight_decay"] != 0:
@@ -79,26 +88,51 @@ class SGD(Rule):
         )  # fmt: skip
 
     def _fold(
-        self, p: Tensor, gradient: Factors, momentum: Tensor | None, group: dict[str, Any]
+        self,
+        parameters: list[Tensor],
+        gradients: list[Factors],
+        states: list[dict[str, Any]],
+        group: dict[str, Any],
     ) -> None:
         """The same step with the products of ``G = sum e^T a`` added where they belong."""
-        lr, mu, decay = group["lr"] * group["lr_scale"], group["momentum"], group["weight_decay"]
-        if decay and (self.decoupled or momentum is None):
-            p.mul_(1 - lr * decay)
-        if momentum is None:
-            gradient.add_to(p, factor=-lr)
+        lr = float(group["lr"] * group["lr_scale"])
+        mu, decay = group["momentum"], group["weight_decay"]
+        if decay and (self.decoupled or mu == 0):
+            _foreach_mul_(parameters, 1 - lr * decay)
+        if mu == 0:
+            for p, gradient in zip(parameters, gradients, strict=True):
+                gradient.add_to(p, factor=-lr)
             return
         in_gradient = 0.0 if self.decoupled else decay
+        momenta, keep = [state["momentum_buffer"] for state in states], mu
         if group["nesterov"]:
             # g + mu m' = (1 + mu) m' - mu m: the old momentum first, and no g of its own. The
             # weight that decays in m' has moved by then, which its factor makes up for.
-            p.add_(momentum, alpha=lr * mu)
-            gradient.add_to(momentum, keep=mu * (1 - lr * in_gradient))
-        else:
-            gradient.add_to(momentum, keep=mu)
+            _foreach_add_(parameters, momenta, alpha=lr * mu)
+            keep = mu * (1 - lr * in_gradient)
+        momenta = _add_to_momenta(momenta, gradients, states, keep)
         if in_gradient:
-            momentum.add_(p, alpha=in_gradient)
-        p.add_(momentum, alpha=-lr * (1 + mu) if group["nesterov"] else -lr)
+            _foreach_add_(momenta, parameters, alpha=in_gradient)
+        _foreach_add_(parameters, momenta, alpha=-lr * (1 + mu if group["nesterov"] else 1))
+
+
+def _add_to_momenta(
+    momenta: list[Tensor], gradients: list[Factors], states: list[dict[str, Any]], keep: float
+) -> list[Tensor]:
+    """``m <- keep m + G``, by one product where the gradients are a stack; returns the momenta."""
+    found = stack_of(gradients)
+    if found is None:
+        for momentum, gradient in zip(momenta, gradients, strict=True):
+            gradient.add_to(momentum, keep=keep)
+        return momenta
+    (stack, scale), joined = found, [*rows(momenta)]
+    if len(joined) > 1:  # from now on they lie next to each other
+        joined = [torch.stack(momenta)]
+        momenta = [*joined[0].unbind()]
+        for state, momentum in zip(states, momenta, strict=True):
+            state["momentum_buffer"] = momentum
+    joined[0].baddbmm_(stack.errors.mT, stack.activities, beta=keep, alpha=scale)
+    return momenta
 
 
 def _fusable(parameter: Tensor, gradient: Tensor, momentum: Tensor | None) -> bool:
