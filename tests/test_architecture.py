@@ -27,7 +27,7 @@ ALLOWED = {
     "memory": [],
     "data": [],
     "diagnostics": CORE,
-    "optim": [*CORE, "updates", "constraints", "continual"],
+    "optim": [*CORE, "kernels", "updates", "constraints", "continual"],
     "presets": [*CORE, "optim", "updates", "constraints", "continual"],
 }
 BELOW_TRAINING = [*ALLOWED]

@@ -203,6 +203,12 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_flat_steps(monkeypatch):
+    """They are tested by themselves."""
+    monkeypatch.setattr("mep.optim.flat.FlatSteps.take", lambda *_: None)
+
+
 def counted(monkeypatch):
     """Counts what dense runs do themselves: their calls less those that reach the reference."""
     own = Counter()

@@ -3,14 +3,19 @@
 from mep.blocks.block import Block, sample_norm
 from mep.blocks.buffers import Buffers, give
 from mep.blocks.chain import Chain, TraceError, trace
+from mep.blocks.closed import ClosedBlock
+from mep.blocks.layers import Linear
 from mep.blocks.randomness import random_state, replayed
-from mep.blocks.run import Feedback, product
+from mep.blocks.run import DenseRun, Feedback, product
 
 __all__ = [
     "Block",
     "Buffers",
     "Chain",
+    "ClosedBlock",
+    "DenseRun",
     "Feedback",
+    "Linear",
     "TraceError",
     "give",
     "product",

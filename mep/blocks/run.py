@@ -150,7 +150,7 @@ class DenseRun(Run):
     def descend(
         self, points: list[Any], e: Tensor, feedback: Feedback
     ) -> tuple[list[Tensor], list[Tensor], Tensor | float]:
-        if feedback or not _together(points):
+        if feedback or not self.together(points):
             return super().descend(points, e, feedback)
         like = points[0].values[0]
         between, errors, products = points[0].between, self._below(like), self._below(like)
@@ -171,7 +171,7 @@ class DenseRun(Run):
         beta: float,
         visit: Visit | None,
     ) -> tuple[list[Tensor], list[Any], Tensor]:
-        if visit is not None or not _together(points):
+        if visit is not None or not self.together(points):
             return super().climb(points, d, below, above, products, beta, visit)
         between, d, spare, moved = points[0].between, d.contiguous(), shelf(d), []
         displacements, activities, change = self._above(d), self._below(d), spare.lend()
@@ -193,7 +193,7 @@ class DenseRun(Run):
 
     def signals(self, points: list[Any], above: list[Tensor], scale: float) -> Iterator[Signal]:
         # The last block may be of another shape.
-        activities = [*rows([p.values[1] for p in points[:-1]])] if _together(points) else []
+        activities = [*rows([p.values[1] for p in points[:-1]])] if self.together(points) else []
         errors = [*rows(above[:-1])]
         if len(activities) != 1 or len(errors) != 1 or len(points) < 3:
             yield from super().signals(points, above, scale)
@@ -202,6 +202,11 @@ class DenseRun(Run):
         for k, block in enumerate(self.blocks[:-1]):
             yield from whole.signals(k, block)
         yield from self.blocks[-1].signals(points[-1], above[-1], scale)
+
+    @staticmethod
+    def together(points: list[Any]) -> bool:
+        """Returns whether these points are a run's, with buffers that are lent."""
+        return lending() and all(isinstance(point, DensePoint) and point.in_run for point in points)
 
     def _fits(self, s: Tensor) -> bool:
         """True if all weights still are what they were when the run was found."""
@@ -283,10 +288,6 @@ class _Gradients:
         room = shelf(e, (e.shape[0], e.shape[2]))
         out = torch.sum(e, 1, out=room.lend()).mul_(self._scale)
         return room.split(out)
-
-
-def _together(points: list[Any]) -> bool:
-    return lending() and all(isinstance(point, DensePoint) and point.in_run for point in points)
 
 
 def runs_of(blocks: Sequence[Block]) -> list[Run]:

@@ -173,7 +173,7 @@ def refused(loss: Tensor, beta: float) -> Estimate:
 def summary(free: FreePhase, phases: list[Settled], nodes: list[tuple[float, float]]) -> Estimate:
     """Returns the verdict on a batch: the worst over its nudged phases."""
     statuses = {phase.status for phase in phases}
-    loss = free.loss.mean()
+    loss = free.mean
     worst = next(s for s in (DIVERGED, NOT_SETTLED, LIMIT, CONVERGED) if s in statuses)
     per_sample = phases[0].residual
     for other in phases[1:]:

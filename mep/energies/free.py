@@ -70,24 +70,34 @@ class FreePhase:
         """The backward sweep at the free states, per unit of beta: from ``e_L = -dC/ds_L``."""
         return self._swept[0]
 
+    @property
+    def squares(self) -> float:
+        """The sum of the squares of the backward sweep's errors."""
+        return self._swept[1]
+
     @cached_property
-    def _swept(self) -> tuple[Messages, float]:
-        """The backward sweep, and the sum of its errors' squares."""
+    def _swept(self) -> tuple[Messages, float, float]:
+        """The backward sweep, the squares of its errors, and those of the output's alone."""
         return self._descend(-self.cost_gradient)
 
-    def _descend(self, e: Tensor) -> tuple[Messages, float]:
-        squares: Tensor | float = torch.linalg.vector_norm(e).double().square_()
+    def _descend(self, e: Tensor) -> tuple[Messages, float, float]:
+        own = squares = float(torch.linalg.vector_norm(e)) ** 2
         errors, products = [e], []
         for run in reversed(self.chain.runs[1:]):
             below, pulled, square = run.descend(self.points[run.span], errors[0], self.feedback)
             errors, products = below + errors, pulled + products
-            squares = squares + square
-        return Messages(errors, products), float(squares)
+            squares += float(square)
+        return Messages(errors, products), squares, own
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """The batch mean of the cost, a scalar tensor."""
+        return self.loss.mean()
 
     @property
     def sound(self) -> bool:
         """True if loss and errors are finite."""
-        return math.isfinite(float(self.loss.sum()) + self._swept[1])
+        return math.isfinite(float(self.mean) + self.squares)
 
     def descend(self, e: Tensor) -> list[Tensor]:
         """Returns the errors ``e_1 ... e_L`` that any error of the output sends down."""
@@ -96,9 +106,8 @@ class FreePhase:
     @cached_property
     def gain(self) -> float:
         """``kappa = sum_i ||e_i||^2 / ||e_L||^2``: how much every layer's move adds up."""
-        messages, squares = self._swept
-        own = float(torch.linalg.vector_norm(messages.errors[-1]))
-        return usable_gain(squares / own**2 if own else math.nan, len(self.points))
+        _, squares, own = self._swept
+        return usable_gain(squares / own if own else math.nan, len(self.points))
 
     def commit(self) -> None:
         """Makes the free phase's running statistics permanent: once per step."""

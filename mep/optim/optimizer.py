@@ -32,6 +32,7 @@ from mep.memory import Plan, phase
 from mep.optim.blockwise import BlockUpdates, by_block
 from mep.optim.budget import budget_of
 from mep.optim.feedback import check_learning, feedback_weights
+from mep.optim.flat import FlatSteps
 from mep.optim.gradients import Gradients
 from mep.optim.groups import check_own, roles
 from mep.optim.saving import Saved
@@ -238,6 +239,7 @@ class EPOptimizer(Saved):
         self._roles = found
         if self.penalty is not None:
             self.penalty.bind(self._parameters(), self.state)
+        self._flat = FlatSteps(self._updating)
         self._factored = self._updating.factored(self._parameters(), found)
         self._folded = self._updating.folded(self._parameters(), found, on_the_way=self.blockwise)
 
@@ -278,7 +280,10 @@ class EPOptimizer(Saved):
         with torch.no_grad(), self._buffers.lend() if few else nullcontext():
             if self.blockwise:
                 return self._step_blockwise(self.model, x, target)
-            batch = self._estimate(self.model, x, target)
+            batch = self._estimate(self.model, x, target, flat=few)
+            if isinstance(batch, Estimate):
+                self._count(True)
+                return batch.loss
             taken = False
             try:
                 taken = self._update(batch.gradients, batch.usable, batch.free)
@@ -308,11 +313,19 @@ class EPOptimizer(Saved):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _estimate(self, model: nn.Module, x: Tensor, target: Tensor) -> Batch:
+    def _estimate(
+        self, model: nn.Module, x: Tensor, target: Tensor, *, flat: bool
+    ) -> Batch | Estimate:
+        """Returns what an update takes, or the estimate alone if the step has been taken."""
         if self.mode == "backprop":
             observes = self._updating.observes
             return by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
         free = free_phase(model, x, target, self.how, self._feedback(model))
+        if flat:
+            found = self._flat.take(free, self.how, self.param_groups, self.state)
+            if found is not None:
+                self.last = found
+                return found
         batch = by_contrast(free, self.how, Gradients(self._factored, self._folded))
         self.last = batch.estimate
         return batch

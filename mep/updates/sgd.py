@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from mep.curvature import Factors, stack_of
 from mep.kernels import rows
 from mep.updates.rule import Rule, check_numbers
 
-__all__ = ["SGD"]
+__all__ = ["SGD", "momenta_in_a_row"]
 
 
 @dataclass(frozen=True)
@@ -95,44 +96,78 @@ class SGD(Rule):
         group: dict[str, Any],
     ) -> None:
         """The same step with the products of ``G = sum e^T a`` added where they belong."""
-        lr = float(group["lr"] * group["lr_scale"])
-        mu, decay = group["momentum"], group["weight_decay"]
-        if decay and (self.decoupled or mu == 0):
-            _foreach_mul_(parameters, 1 - lr * decay)
-        if mu == 0:
+        if group["momentum"] == 0:
+            lr = float(group["lr"] * group["lr_scale"])
+            if group["weight_decay"]:
+                _foreach_mul_(parameters, 1 - lr * group["weight_decay"])
             for p, gradient in zip(parameters, gradients, strict=True):
                 gradient.add_to(p, factor=-lr)
             return
-        in_gradient = 0.0 if self.decoupled else decay
-        momenta, keep = [state["momentum_buffer"] for state in states], mu
+        found = stack_of(gradients)
+        if found is None:
+            momenta = [state["momentum_buffer"] for state in states]
+
+            def add(keep: float) -> None:
+                for momentum, gradient in zip(momenta, gradients, strict=True):
+                    gradient.add_to(momentum, keep=keep)
+
+        else:
+            stack, scale = found
+            whole, momenta = momenta_in_a_row(parameters, states)
+
+            def add(keep: float) -> None:
+                whole.baddbmm_(stack.errors.mT, stack.activities, beta=keep, alpha=scale)
+
+        self.fold(parameters, momenta, add, group)
+
+    def fold(
+        self,
+        parameters: list[Tensor],
+        momenta: list[Tensor],
+        add: Callable[[float], None],
+        group: dict[str, Any],
+    ) -> None:
+        """Takes the step with gradients that are never formed.
+
+        Args:
+            parameters: what is changed.
+            momenta: their momenta.
+            add: takes a factor ``keep`` and does ``m <- keep m + G`` for all momenta.
+            group: the numbers, ``momentum`` > 0.
+        """
+        lr = float(group["lr"] * group["lr_scale"])
+        mu, decay = group["momentum"], group["weight_decay"]
+        if decay and self.decoupled:
+            _foreach_mul_(parameters, 1 - lr * decay)
+        in_gradient, keep = 0.0 if self.decoupled else decay, mu
         if group["nesterov"]:
             # g + mu m' = (1 + mu) m' - mu m: the old momentum first, and no g of its own. The
             # weight that decays in m' has moved by then, which its factor makes up for.
             _foreach_add_(parameters, momenta, alpha=lr * mu)
             keep = mu * (1 - lr * in_gradient)
-        momenta = _add_to_momenta(momenta, gradients, states, keep)
+        add(keep)
         if in_gradient:
             _foreach_add_(momenta, parameters, alpha=in_gradient)
         _foreach_add_(parameters, momenta, alpha=-lr * (1 + mu if group["nesterov"] else 1))
 
 
-def _add_to_momenta(
-    momenta: list[Tensor], gradients: list[Factors], states: list[dict[str, Any]], keep: float
-) -> list[Tensor]:
-    """``m <- keep m + G``, by one product where the gradients are a stack; returns the momenta."""
-    found = stack_of(gradients)
-    if found is None:
-        for momentum, gradient in zip(momenta, gradients, strict=True):
-            gradient.add_to(momentum, keep=keep)
-        return momenta
-    (stack, scale), joined = found, [*rows(momenta)]
-    if len(joined) > 1:  # from now on they lie next to each other
-        joined = [torch.stack(momenta)]
-        momenta = [*joined[0].unbind()]
-        for state, momentum in zip(states, momenta, strict=True):
+def momenta_in_a_row(
+    parameters: list[Tensor], states: list[dict[str, Any]]
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the momenta of two or more parameters of one shape, ``(k, *shape)``, and one by one.
+
+    That they lie next to each other is seen to once.
+    """
+    found = [state.get("momentum_buffer") for state in states]
+    known = [momentum for momentum in found if momentum is not None]
+    joined = [*rows(known)] if len(known) == len(found) else []
+    if len(joined) != 1:
+        pairs = zip(parameters, found, strict=True)
+        joined = [torch.stack([torch.zeros_like(p) if m is None else m for p, m in pairs])]
+        known = [*joined[0].unbind()]
+        for state, momentum in zip(states, known, strict=True):
             state["momentum_buffer"] = momentum
-    joined[0].baddbmm_(stack.errors.mT, stack.activities, beta=keep, alpha=scale)
-    return momenta
+    return joined[0], known
 
 
 def _fusable(parameter: Tensor, gradient: Tensor, momentum: Tensor | None) -> bool:

@@ -1,0 +1,283 @@
+"""Flat steps against the reference: the same states, residuals and updates."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from problems import CLASSES, EXACT, flat
+from torch import nn
+
+import mep
+from mep.optim.flat import FlatSteps
+
+# Roundings of 1e-7 through up to seven blocks and back, relative to the size of an update.
+SINGLE = 2e-5
+ONE = mep.Sweep(1, tol=1.0)  # the residual is not the matter
+
+
+def net(*sizes, activation=nn.Tanh, bias=True):
+    """Isometric, so that every layer moves."""
+    sizes = sizes or (5, 8, 8, 8, 8, CLASSES)
+    layers: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
+    for n_in, n_out in pairwise(sizes[1:]):
+        layers += [activation(), nn.Linear(n_in, n_out, bias=bias)]
+    for layer in layers[::2]:
+        nn.init.orthogonal_(layer.weight, 1.0 if activation is nn.Tanh else 2**0.5)
+    return nn.Sequential(*layers)
+
+
+def changed(change):
+    model = net()
+    change(model)
+    return model
+
+
+def by_layer(model):
+    return [{"params": [*m.parameters()], "lr": 0.1 * (k + 1)} for k, m in enumerate(model[::2])]
+
+
+def weights_and_biases(model):
+    split = ([p for p in model.parameters() if p.dim() == d] for d in (2, 1))
+    return [{"params": ps, "lr": lr} for ps, lr in zip(split, (0.1, 0.3), strict=True)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its groups, how it steps, and on batches of which sizes."""
+
+    build: Callable[[], nn.Module] = net
+    groups: Callable[[nn.Module], Any] = lambda model: model.parameters()
+    options: dict[str, Any] = field(default_factory=dict)
+    batches: tuple[int, ...] = (6, 6, 6)
+    x: Callable[[int], torch.Tensor] = lambda batch: torch.randn(batch, 5)
+
+
+RELU = partial(net, activation=nn.ReLU)
+FLAT = {
+    "tanh": Case(),
+    "relu": Case(RELU),
+    "two layers": Case(lambda: net(5, 8, CLASSES)),
+    "three layers": Case(lambda: net(5, 8, 8, CLASSES)),
+    "last of the same width": Case(lambda: net(5, 8, 8, 8, 8), options={"cost": "mse"}),
+    "images": Case(
+        lambda: nn.Sequential(nn.Flatten(), *net(6, 8, 8, 8, CLASSES)),
+        x=lambda batch: torch.randn(batch, 1, 2, 3),
+    ),
+    "mse": Case(options={"cost": "mse"}),
+    "limit": Case(options={"settler": mep.Limit()}),
+    "stronger": Case(options={"beta": mep.AutoBeta(0.3)}),
+    "fixed beta": Case(options={"beta": 0.02}),
+    "up to three": Case(options={"settler": mep.Sweep(3, tol=0.5)}),
+    "all sweeps, one": Case(options={"settler": mep.Sweep(1, tol=None)}),
+    "nesterov": Case(options={"nesterov": True, "weight_decay": 0.01}),
+    "decay": Case(options={"weight_decay": 0.01}),
+    "decoupled": Case(options={"update": mep.SGD(decoupled=True), "weight_decay": 0.01}),
+    "depth rule": Case(groups=lambda m: mep.param_groups(m, 0.2)),
+    "group by layer": Case(groups=by_layer),
+    "weights and biases": Case(groups=weights_and_biases),
+    "other batch sizes": Case(batches=(6, 1, 9, 6)),
+    "not contiguous": Case(x=lambda batch: torch.randn(5, batch).t()),
+}
+
+LEFT = {
+    "no momentum": Case(options={"momentum": 0.0}),
+    "no bias": Case(partial(net, bias=False)),
+    "two widths": Case(lambda: net(5, 8, 8, 6, CLASSES)),
+    "other activation": Case(partial(net, activation=nn.GELU)),
+    "frozen weight": Case(partial(changed, lambda m: m[4].weight.requires_grad_(False))),
+    "tied weight": Case(partial(changed, lambda m: setattr(m[6], "weight", m[2].weight))),
+    "not all": Case(groups=lambda m: [*m.parameters()][2:]),
+    "centered": Case(options={"stencil": mep.centered}),
+    "KL": Case(options={"energy": mep.PredictionError(mep.KL())}),
+    "autograd": Case(options={"gradient_method": "autograd"}),
+    "all sweeps": Case(options={"settler": mep.Sweep(2, tol=None)}),
+    "settles in two": Case(options={"settler": mep.Sweep(4, tol=1e-5)}),
+    "feedback": Case(options={"settler": mep.Sweep(1, feedback="random")}),
+    "descent": Case(options={"settler": mep.GradientDescent(30)}),
+    "clipped": Case(options={"clip_norm": 0.1}),
+    "muon": Case(options={"update": mep.Route(mep.Muon(ns_dtype=None))}),
+    "constraint": Case(options={"constraint": mep.SpectralNorm()}),
+    "penalty": Case(options={"penalty": mep.EWC(1.0)}),
+    "blockwise": Case(options={"blockwise": True}),
+    "positions": Case(
+        lambda: net(5, 8, 8, 8, 5), options={"cost": "mse"}, x=lambda b: torch.randn(b, 3, 5)
+    ),
+}  # fmt: skip
+
+
+def optimizer(case, model):
+    options = {"settler": ONE, "lr": 0.2, "momentum": 0.9} | case.options
+    return mep.EPOptimizer(case.groups(model), model=model, **options)
+
+
+def trained(case, dtype):
+    """What some steps return, how they move the parameters with the momenta left, and verdicts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = case.build().to(dtype)
+        opt, seen, moved, verdicts = optimizer(case, model), [], [], []
+        for size in case.batches:
+            x, y = case.x(size).to(dtype), torch.randint(0, CLASSES, (size,))
+            before = flat(model.parameters()).detach().clone()
+            seen.append(opt.step(x=x, target=x if x.dim() == 3 else y).reshape(1))
+            seen += [opt.last.residual, opt.last.balance.nudge]
+            verdicts.append((opt.last.status, opt.last.sweeps))
+            moved.append(flat(model.parameters()).detach() - before)
+    momenta = [opt.state[p].get("momentum_buffer") for p in model.parameters()]
+    moved += [m.flatten() for m in momenta if m is not None]
+    return flat(seen).double(), flat(moved).double(), verdicts
+
+
+def assert_same(found, truth, dtype):
+    assert (found - truth).norm() <= (SINGLE if dtype == torch.float32 else EXACT) * truth.norm()
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Whether steps were flat, one after the other."""
+    found, original = [], FlatSteps.take
+
+    def noting(self, *rest):
+        estimate = original(self, *rest)
+        found.append(estimate is not None)
+        return estimate
+
+    monkeypatch.setattr(FlatSteps, "take", noting)
+    return found
+
+
+def reference(case, dtype, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(FlatSteps, "take", lambda *_: None)
+        return trained(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_step_is_the_reference_s(name, dtype, taken, monkeypatch):
+    case = FLAT[name]
+    found = trained(case, dtype)
+    assert taken == [True] * len(case.batches)
+    *numbers, verdicts = reference(case, dtype, monkeypatch)
+    assert found[-1] == verdicts
+    for ours, theirs in zip(found[:-1], numbers, strict=True):
+        assert_same(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_not_plain_is_left_to_the_reference(name, taken, monkeypatch):
+    found = trained(LEFT[name], torch.float64)
+    assert not any(taken)
+    *numbers, verdicts = reference(LEFT[name], torch.float64, monkeypatch)
+    assert found[-1] == verdicts
+    for ours, theirs in zip(found[:-1], numbers, strict=True):
+        assert torch.equal(ours, theirs)  # what had been tried left no trace
+
+
+def batch():
+    return {"x": torch.randn(6, 5), "target": torch.randint(0, CLASSES, (6,))}
+
+
+def test_one_momentum_for_a_group_without_is_not_flat(taken):
+    model = net()
+    groups = by_layer(model)
+    groups[1]["momentum"] = 0.0
+    opt = mep.EPOptimizer(groups, model=model, lr=0.1, momentum=0.9, settler=ONE)
+    opt.step(**batch())
+    opt.param_groups[1]["momentum"] = 0.9  # as a scheduler may
+    opt.step(**batch())
+    assert taken == [False, True]
+
+
+def test_changes_of_the_model_are_seen(taken):
+    """A parameter that is frozen, thawed and replaced; each is noticed at the next step."""
+    model = net()
+    opt = optimizer(Case(), model)
+    frozen = model[2].weight
+    before = frozen.detach().clone()
+    opt.step(**batch())
+    assert not torch.equal(frozen, before)
+    before = frozen.detach().clone()
+    frozen.requires_grad_(False)
+    opt.step(**batch())
+    assert torch.equal(frozen, before)
+    frozen.requires_grad_(True)
+    opt.step(**batch())
+    model[4].weight = nn.Parameter(model[4].weight.detach().clone())  # in no group
+    other = model[4].weight.detach().clone()
+    opt.step(**batch())
+    assert torch.equal(model[4].weight, other)
+    opt.add_param_group({"params": [model[4].weight]})
+    opt.step(**batch())
+    assert not torch.equal(model[4].weight, other)
+    assert taken == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e30])
+@pytest.mark.filterwarnings("ignore:settling diverged")
+def test_what_is_not_finite_changes_nothing(bad, taken):
+    model = net()
+    opt = optimizer(Case(), model)
+    opt.step(**batch())
+    with torch.no_grad():
+        model[0].bias[0] = bad if bad != bad else 0.0
+        model[-1].weight[0, 0] = 1e38 if bad == bad else model[-1].weight[0, 0]
+    before = copy.deepcopy((model.state_dict(), opt.state_dict()["state"]))
+    opt.step(**batch())
+    assert opt.skipped == 1 and taken == [True, False]
+    after = (model.state_dict(), opt.state_dict()["state"])
+    pairs = zip(before[0].values(), after[0].values(), strict=True)
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in pairs)
+    assert all(
+        torch.equal(before[1][k]["momentum_buffer"], after[1][k]["momentum_buffer"])
+        for k in after[1]
+    )
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["loaded", "deep copy"])
+def test_run_goes_on_bitwise(copied, tmp_path, taken):
+    torch.manual_seed(0)
+    model, batches = net(), [batch() for _ in range(6)]
+    opt = optimizer(Case(groups=lambda m: mep.param_groups(m, 0.2)), model)
+    for each in batches[:3]:
+        opt.step(**each)
+    if copied:
+        other_model, other = copy.deepcopy((model, opt))
+    else:
+        torch.save([model.state_dict(), opt.state_dict()], tmp_path / "run.pt")
+        other_model = net()
+        other = optimizer(Case(groups=lambda m: mep.param_groups(m, 0.2)), other_model)
+        states = torch.load(tmp_path / "run.pt", weights_only=True)
+        other_model.load_state_dict(states[0])
+        other.load_state_dict(states[1])
+    for each in batches[3:]:
+        assert torch.equal(opt.step(**each), other.step(**each))
+    assert torch.equal(flat(model.parameters()), flat(other_model.parameters()))
+    assert all(taken)
+
+
+def test_momenta_lie_in_a_row_and_are_the_state_s(taken):
+    """One product adds to all: of the hidden layers there is one tensor, of which states show."""
+    model = net()
+    opt = optimizer(Case(), model)
+    opt.step(**batch())
+    first = [opt.state[model[k].weight]["momentum_buffer"] for k in (2, 4, 6)]
+    assert len({m.untyped_storage().data_ptr() for m in first}) == 1
+    opt.step(**batch())
+    again = [opt.state[model[k].weight]["momentum_buffer"] for k in (2, 4, 6)]
+    assert all(a is b for a, b in zip(first, again, strict=True)) and all(taken)
+
+
+def test_step_allocates_no_gradient():
+    model = net(5, *[16] * 40, CLASSES)
+    opt = optimizer(Case(), model)
+    for _ in range(2):
+        opt.step(**batch())
+    with mep.memory.track(model, opt) as usage:
+        opt.step(**batch())
+    assert usage.peak["gradients"] == 0
