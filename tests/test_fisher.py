@@ -53,6 +53,10 @@ OWN = {
     "deep": (lambda: tanh_mlp([5, 6, 6, 6, 6, CLASSES]), normal(5)),
     "positions": (then(18, lambda: nn.Linear(5, 6), nn.Tanh), normal(3, 5)),
     "strided": (then(36, lambda: nn.Conv2d(2, 4, 3, 2, padding=1), nn.Tanh), normal(2, 5, 6)),
+    "wide": (
+        then(144, lambda: nn.Conv2d(2, 4, (2, 3), padding=(1, 2), dilation=(1, 2)), nn.Tanh),
+        lambda n: normal(2, 5, 6)(n).to(memory_format=torch.channels_last),
+    ),
     "groups": (then(24, lambda: nn.Conv2d(4, 6, 3, groups=2), nn.Tanh), normal(4, 4, 4)),
     "dropout": (then(6, lambda: nn.Linear(5, 6), nn.Dropout, nn.Tanh), normal(5)),
     "tied": (Tied, normal(2, 5)),
@@ -173,7 +177,7 @@ def test_frozen_parameters_are_left_out_and_unused_ones_have_no_curvature():
 
 # Where the product comes before the square: positions, groups, places, inside a block.
 @pytest.mark.parametrize("at_once", [1, 100, 2**22])
-@pytest.mark.parametrize("name", ["positions", "strided", "groups", "tied", "residual"])
+@pytest.mark.parametrize("name", ["positions", "strided", "wide", "groups", "tied", "residual"])
 def test_samples_are_taken_in_pieces(monkeypatch, name, at_once):
     pieces, plain = [], diagonal._gradients
     monkeypatch.setattr(diagonal, "_AT_ONCE", at_once)

@@ -42,15 +42,22 @@ def diagonal_fisher(signals: Sequence[Signal]) -> Tensor:
         a, e = _rows(first)
         squares = torch.mm(e.square().t(), a.square())
         return squares.mul_(per_sample**2 / first.samples).view_as(first.parameter)
-    total = torch.zeros_like(first.parameter)
-    chunk = min(_SAMPLES, max(1, _AT_ONCE // max(1, total.numel())))
+    total: Tensor | None = None
+    chunk = min(_SAMPLES, max(1, _AT_ONCE // max(1, first.parameter.numel())))
     for start in range(0, first.samples, chunk):
         span = slice(start, min(start + chunk, first.samples))
         whole = _gradients(first, span)
         for signal in signals[1:]:
             whole = whole + _gradients(signal, span)
-        total += whole.square().sum(0)
-    return total.mul_(per_sample**2 / first.samples)
+        if total is None:
+            total = torch.zeros_like(whole[0])  # of its layout, whatever that is
+        if whole.is_contiguous():
+            total += whole.square().sum(0)
+            continue
+        for one in whole:  # a sum over samples would take its time in another layout
+            total.addcmul_(one, one)
+    assert total is not None, "a batch has samples"
+    return total.mul_(per_sample**2 / first.samples).contiguous()
 
 
 def _gradients(signal: Signal, span: slice) -> Tensor:
