@@ -9,12 +9,14 @@ import pytest
 import torch
 from problems import flat, tanh_problem
 from torch import nn
+from torch.nn import functional as F
 
 import mep
 import mep.kernels
 from mep.blocks.activations import of_module
 from mep.blocks.elementwise import Elementwise, elementwise_of
-from mep.kernels import kernels_of
+from mep.energies import CrossEntropy
+from mep.kernels import cross_entropy, kernels_of
 
 EPS = torch.finfo(torch.float32).eps
 # What the kernel's polynomial claims: relative error of tanh at every argument.
@@ -336,3 +338,59 @@ def test_step_needs_no_kernels(who, request, monkeypatch):
     truth = update(torch.float64)
     # Roundings of 1e-7 through 5 layers, up, down and up again, relative to the step.
     assert float((found - truth).norm() / truth.norm()) < 2e-6
+
+
+# --- cross-entropy -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 10, 32])
+@pytest.mark.parametrize("scale", [0.1, 5.0, 40.0])
+def test_cross_entropy_and_its_gradient(classes, scale):
+    s, y = normal(64, classes, scale=scale), torch.arange(64) % classes
+    s[::2].scatter_(1, y[::2, None], 60.0)  # well classified: p_y - 1 would have no digits left
+    value, gradient = cross_entropy(s, y)
+    exact = s.double().requires_grad_()
+    truth = F.cross_entropy(exact, y, reduction="none")
+    others = torch.softmax(exact.detach(), 1).scatter(1, y[:, None], 0.0)
+    slope = others.scatter(1, y[:, None], -others.sum(1, keepdim=True))
+    # Differences of arguments up to 200 are rounded before they become exponents.
+    rounding = 4 * EPS * (s.abs().amax(1) + 2)
+    assert within(value, truth.detach(), rounding)
+    assert within(gradient, slope, rounding[:, None] * slope.abs() + 1e-37)
+    (by_autograd,) = torch.autograd.grad(truth.sum(), exact)
+    torch.testing.assert_close(slope, by_autograd, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf])
+def test_cross_entropy_of_a_bad_sample_is_bad_alone(bad):
+    s, y = normal(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    s[1, 2] = bad
+    value, gradient = cross_entropy(s, y)
+    fine = torch.tensor([True, False, True, True, True])
+    assert torch.equal(value.isfinite(), fine) and torch.equal(gradient.isfinite().all(1), fine)
+
+
+def test_cross_entropy_takes_any_layout_and_leaves_others_to_torch():
+    s, y = normal(4, 6), torch.arange(8)[::2] % 4
+    found, truth = (
+        cross_entropy(s.t(), torch.arange(12)[::2] % 4),
+        cross_entropy(s.t().contiguous(), torch.tensor([0, 2, 0, 2, 0, 2])),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+    assert cross_entropy(s.double(), y) is None and cross_entropy(normal(4, 33), y) is None
+    assert cross_entropy(normal(4, 6, 2), torch.zeros(4, 2, dtype=torch.long)) is None
+    with mep.kernels.eager():
+        assert cross_entropy(s, y) is None
+
+
+def test_cost_takes_the_kernel_where_there_is_one():
+    cost, s, y = CrossEntropy(), normal(6, 5), torch.arange(6) % 5
+    found = cost.both(s, y)
+    with mep.kernels.eager():
+        truth = cost.both(s, y)
+    for ours, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    some = CrossEntropy(classes=(1, 3, 4))  # others take no part
+    places = torch.arange(6) % 3
+    value, gradient = some.both(s, places)
+    assert not gradient[:, [0, 2]].any() and torch.equal(value, some.value(s, places))

@@ -216,10 +216,10 @@ def counted(monkeypatch):
         for kind, sign in ((DenseRun, 1), (Run, -1)):
             original = getattr(kind, name)
 
-            def counting(self, *rest, original=original, name=name, sign=sign):
+            def counting(self, *rest, original=original, name=name, sign=sign, **named):
                 if isinstance(self, DenseRun):
                     own[name] += sign
-                return original(self, *rest)
+                return original(self, *rest, **named)
 
             monkeypatch.setattr(kind, name, counting)
     return own

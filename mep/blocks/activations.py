@@ -41,6 +41,7 @@ class Activation:
         writes: True if ``value`` and ``pull`` take ``out=``, a tensor to write into, and ``move``
             takes ``room=``: three tensors, for the difference, the new value and for anything
             (which may be ``x_new``).
+        bound: the largest ``|phi|``, infinite if there is none.
         box: for ramps (slope 1 inside, 0 outside), the two kinks; None for everything else.
     """
 
@@ -50,6 +51,7 @@ class Activation:
     move: Callable[..., tuple[Tensor, Tensor]]
     reads_input: bool = True
     writes: bool = False
+    bound: float = math.inf
     box: tuple[float, float] | None = None
 
 
@@ -122,7 +124,7 @@ def _tanh() -> Activation:
         y_new = torch.tanh(x_new, out=room[1])
         return _tanh_difference(y, y_new, d, room), y_new
 
-    return Activation("tanh", torch.tanh, pull, move, reads_input=False, writes=True)
+    return Activation("tanh", torch.tanh, pull, move, reads_input=False, writes=True, bound=1.0)
 
 
 def _sigmoid() -> Activation:

@@ -89,6 +89,8 @@ class Run:
         products: list[Tensor],
         beta: float,
         visit: Visit | None,
+        *,
+        last_only: bool = False,
     ) -> tuple[list[Tensor], list[Any], Tensor]:
         """The nudged forward sweep, ``d_above = f(s + d) - f(s) + beta e_above``.
 
@@ -101,6 +103,7 @@ class Run:
             beta: nudging strength.
             visit: called with every block's number in the chain, point and error above, as soon as
                 the sweep has no more use for the block.
+            last_only: that of all displacements only the last one will be read.
 
         Returns:
             Displacements above, points at the displaced states, and per sample the squares of all
@@ -170,11 +173,16 @@ class DenseRun(Run):
         products: list[Tensor],
         beta: float,
         visit: Visit | None,
+        *,
+        last_only: bool = False,
     ) -> tuple[list[Tensor], list[Any], Tensor]:
         if visit is not None or not self.together(points):
-            return super().climb(points, d, below, above, products, beta, visit)
+            return super().climb(
+                points, d, below, above, products, beta, visit, last_only=last_only
+            )
         between, d, spare, moved = points[0].between, d.contiguous(), shelf(d), []
-        displacements, activities, change = self._above(d), self._below(d), spare.lend()
+        activities, change = self._below(d), spare.lend()
+        displacements = self._last_above(d) if last_only else self._above(d)
         norms, share = shelf(d, (len(points), d.shape[0])), 0.0
         norm = norms.lend()
         arguments = zip(
@@ -225,6 +233,11 @@ class DenseRun(Run):
         """Returns tensors for something above every block; the last may be of another width."""
         last = shelf(like, (like.shape[0], self.blocks[-1].height)).lend()
         return [*shelf(like, (len(self.blocks) - 1, *like.shape)).lend_rows(), last]
+
+    def _last_above(self, like: Tensor) -> list[Tensor]:
+        """Returns the same where only the last will be read: the others stay in the cache."""
+        last = shelf(like, (like.shape[0], self.blocks[-1].height)).lend()
+        return [*[shelf(like).lend()] * (len(self.blocks) - 1), last]
 
 
 class _Gradients:

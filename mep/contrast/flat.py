@@ -8,7 +8,9 @@ been the end of it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
 from mep.contrast.strength import strength_of
 from mep.energies import FreePhase, PredictionError, Squared
+from mep.kernels import rows
 from mep.memory import phase
 from mep.settling import (
     CONVERGED,
@@ -42,13 +45,13 @@ class Swept:
         estimate: the verdict.
         activities: those below all weights, ``(B, in)``.
         errors: those above all weights, ``(B, out)``, per unit of beta.
-        squares: the errors' sum of squares.
+        finite: whether all gradients are sure to be.
     """
 
     estimate: Estimate
     activities: list[Tensor]
     errors: list[Tensor]
-    squares: float
+    finite: bool
 
 
 class Flat:
@@ -108,14 +111,14 @@ class Flat:
         with phase("mep: settle"):
             errors, products = free.unit.errors, free.unit.products
             assert products is not None, "the backward sweep of the free phase has them"
-            beta, squares = strength_of(self.how.beta, lambda: free.gain), free.squares
+            beta = strength_of(self.how.beta, lambda: free.gain)
             if isinstance(self.how.settler, Limit):
                 nudge = sample_norm(free.cost_gradient)
                 found = Estimate(free.mean, Residual(nudge.sign(), nudge), 0, LIMIT, beta)
-                return Swept(found, [below, *(p.values[1] for p in points)], errors, squares)
+                return self._swept(found, free, points)
             first = torch.mul(errors[0], beta)
             moved, points, forces = self.run.climb(
-                points, first, errors[:-1], errors[1:], products, beta, None
+                points, first, errors[:-1], errors[1:], products, beta, None, last_only=True
             )
             balance = _balance(free, moved[-1], forces)
             tol, most = self.how.settler.tol, self.how.settler.max_steps
@@ -123,7 +126,24 @@ class Flat:
         if status != CONVERGED and (most > 1 or status != NOT_SETTLED):
             return None
         found = Estimate(free.mean, balance, 1, status, beta)
-        return Swept(found, [below, *(p.values[1] for p in points)], errors, squares)
+        return self._swept(found, free, points)
+
+    def _swept(self, found: Estimate, free: FreePhase, points: list[Any]) -> Swept:
+        """Gives out what has been found; ``|G| <= |e| |a| / B`` for every gradient."""
+        below, above = free.points[0].values[-1], [point.values[1] for point in points]
+        bound = self.run.blocks[0].activation.bound
+        if bound < math.inf:
+            squares = bound**2 * sum(a.numel() for a in above)
+        else:
+            squares = sum(_squares(a) for a in rows(above))
+        size = math.sqrt(squares + _squares(below)) * math.sqrt(free.squares)
+        finite = size <= torch.finfo(below.dtype).max
+        return Swept(found, [below, *above], free.unit.errors, finite)
+
+
+def _squares(tensor: Tensor) -> float:
+    flat = tensor.reshape(-1)
+    return float(torch.dot(flat, flat))
 
 
 def _balance(free: FreePhase, moved: Tensor, squares: Tensor) -> Residual:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
@@ -66,7 +65,7 @@ class FlatSteps:
             return None
         assert self._flat is not None
         swept = self._flat.sweep(free)
-        if swept is None or not _finite(swept):
+        if swept is None or not swept.finite:
             return None
         with phase("mep: update"):
             self._update(swept, groups, state)
@@ -170,11 +169,3 @@ def _shares(
         )
         for k in range(len(groups))
     ]
-
-
-def _finite(swept: Swept) -> bool:
-    """True if all gradients are sure to be finite: ``|G| <= |e| |a| / B`` for each."""
-    activities = [t.reshape(-1) for t in rows(swept.activities)]
-    squares = sum(float(torch.dot(t, t)) for t in activities)
-    largest = torch.finfo(swept.errors[0].dtype).max
-    return math.sqrt(swept.squares) * math.sqrt(squares) <= largest
