@@ -27,6 +27,7 @@ ARMS = {
     "limit": LIMIT,
     "settle10": "EP, 10 gradient steps",
     "settle30": "EP, 30 gradient steps",
+    "autograd10": "EP, 10 gradient steps, by autograd",
     "floor": FLOOR,
 }
 EAGER = ("backprop", "foreach", "fused")  # the fastest of these is what others are compared with
@@ -130,13 +131,15 @@ def arms_of(
         "limit": mep.Limit(),
         "settle10": mep.GradientDescent(max_steps=10),
         "settle30": mep.GradientDescent(max_steps=30),
+        "autograd10": mep.GradientDescent(max_steps=10),
     }
     found: dict[str, Callable[[], Findings | None]] = {}
     for key in chosen:
         if key == "floor":
             found[ARMS[key]] = _products(case)
         elif key in settlers:
-            found[ARMS[key]] = _ep(case, settlers[key], nudge)
+            method = "autograd" if key.startswith("autograd") else "analytic"
+            found[ARMS[key]] = _ep(case, settlers[key], nudge, method)
         else:
             found[ARMS[key]] = _backprop(case, key)
     return found
@@ -160,11 +163,14 @@ def _backprop(case: Case, key: str) -> Callable[[], None]:
     return step
 
 
-def _ep(case: Case, settler: Any, nudge: mep.AutoBeta) -> Callable[[], Findings]:
+def _ep(
+    case: Case, settler: Any, nudge: mep.AutoBeta, gradient_method: str
+) -> Callable[[], Findings]:
     model = case.make()
     optimizer = mep.EPOptimizer(
-        model.parameters(), model=model, settler=settler, beta=nudge, lr=_LR, momentum=_MOMENTUM
-    )
+        model.parameters(), model=model, settler=settler, beta=nudge, lr=_LR, momentum=_MOMENTUM,
+        gradient_method=gradient_method,
+    )  # fmt: skip
 
     def findings() -> Mapping[str, Any]:
         last = optimizer.last
