@@ -37,6 +37,7 @@ _ORDER = (
     "settle10",
     "settle30",
     "floor",
+    "autograd10",
 )
 
 
