@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -28,11 +28,11 @@ Add = Callable[[float], Any]
 
 @dataclass(frozen=True)
 class _Share:
-    """What one parameter group has of the net: places of weights and biases."""
+    """What one parameter group has of the net: weights and biases that are taken together."""
 
     group: int
-    weights: list[int]
-    biases: list[int]
+    weights: list[list[int]]
+    biases: list[list[int]]
 
 
 class FlatSteps:
@@ -92,10 +92,10 @@ class FlatSteps:
         scale = -1 / len(errors[0])  # errors come per unit of beta
         for share in self._shares:
             own, momenta, adds = [], [], []
-            for parameters, places, products in (
+            for parameters, spans, products in (
                 (weights, share.weights, True), (biases, share.biases, False),
             ):  # fmt: skip
-                for span in _spans(places, len(weights)):
+                for span in spans:
                     chosen: list[Any] = [parameters[k] for k in span]
                     own += chosen
                     e, a = [errors[k] for k in span], [activities[k] for k in span]
@@ -140,17 +140,16 @@ def _all(adds: list[Add], keep: float) -> None:
         add(keep)
 
 
-def _spans(places: list[int], count: int) -> Iterator[list[int]]:
-    """Yields the places that are taken together: all between the first and the last layer.
+def _spans(places: list[int], count: int) -> list[list[int]]:
+    """Returns the places that are taken together: all between the first and the last layer.
 
-    >>> [*_spans([0, 1, 2, 3], 4)], [*_spans([1], 4)]
+    >>> _spans([0, 1, 2, 3], 4), _spans([1], 4)
     ([[0], [3], [1, 2]], [[1]])
     """
     middle = [k for k in places if 0 < k < count - 1]
-    whole = len(middle) == count - 2 > 1
-    yield from ([k] for k in places if not whole or k not in (*middle,))
-    if whole:
-        yield middle
+    if len(middle) < max(2, count - 2):
+        return [[k] for k in places]
+    return [*([k] for k in places if k in (0, count - 1)), middle]
 
 
 def _shares(
@@ -164,8 +163,8 @@ def _shares(
     return [
         _Share(
             k,
-            [i for i, p in enumerate(weights) if home[id(p)] == k],
-            [i for i, p in enumerate(biases) if home[id(p)] == k],
+            _spans([i for i, p in enumerate(weights) if home[id(p)] == k], len(weights)),
+            _spans([i for i, p in enumerate(biases) if home[id(p)] == k], len(weights)),
         )
         for k in range(len(groups))
     ]
