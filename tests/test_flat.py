@@ -80,11 +80,21 @@ FLAT = {
     "depth rule": Case(groups=lambda m: mep.param_groups(m, 0.2)),
     "group by layer": Case(groups=by_layer),
     "weights and biases": Case(groups=weights_and_biases),
+    "empty group": Case(groups=lambda m: [{"params": []}, {"params": [*m.parameters()]}]),
     "other batch sizes": Case(batches=(6, 1, 9, 6)),
     "not contiguous": Case(x=lambda batch: torch.randn(5, batch).t()),
 }
 
+
+class Halved(mep.SGD):
+    """A rule with a step of its own."""
+
+    def step(self, parameters, gradients, states, group):
+        super().step(parameters, gradients, states, group | {"lr": group["lr"] / 2})
+
+
 LEFT = {
+    "a step of its own": Case(options={"update": Halved()}),
     "no momentum": Case(options={"momentum": 0.0}),
     "no bias": Case(partial(net, bias=False)),
     "two widths": Case(lambda: net(5, 8, 8, 6, CLASSES)),
@@ -216,6 +226,36 @@ def test_changes_of_the_model_are_seen(taken):
     opt.step(**batch())
     assert not torch.equal(model[4].weight, other)
     assert taken == [True, False, True, False, True]
+
+
+def test_changes_of_the_groups_are_seen(taken):
+    """A weight that is moved to another group, and then taken out."""
+    model = net()
+    opt = optimizer(Case(), model)
+    opt.step(**batch())
+    weight, before = model[2].weight, model[2].weight.detach().clone()
+    opt.param_groups[0]["params"] = [p for p in model.parameters() if p is not weight]
+    opt.param_groups.append({**opt.param_groups[0], "params": [weight], "lr": 0.0})
+    opt.step(**batch())
+    assert torch.equal(weight, before)
+    del opt.param_groups[1]
+    opt.step(**batch())
+    assert torch.equal(weight, before) and taken == [True, True, False]
+
+
+def test_momentum_that_is_none_is_none_yet(taken):
+    """As torch's SGD leaves it in the state where there was no momentum."""
+    found = []
+    for empty in (True, False):
+        torch.manual_seed(0)
+        model = net()
+        opt = optimizer(Case(), model)
+        if empty:
+            for p in model.parameters():
+                opt.state[p]["momentum_buffer"] = None
+        opt.step(**batch())
+        found.append(flat(model.parameters()).detach().clone())
+    assert torch.equal(*found) and all(taken)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1e30])

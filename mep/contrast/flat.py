@@ -129,14 +129,17 @@ class Flat:
         return self._swept(found, free, points)
 
     def _swept(self, found: Estimate, free: FreePhase, points: list[Any]) -> Swept:
-        """Gives out what has been found; ``|G| <= |e| |a| / B`` for every gradient."""
+        """Gives out what has been found; ``|G| <= |e| |a| / B`` for every gradient.
+
+        What is below a bias is 1 for every sample.
+        """
         below, above = free.points[0].values[-1], [point.values[1] for point in points]
         bound = self.run.blocks[0].activation.bound
         if bound < math.inf:
             squares = bound**2 * sum(a.numel() for a in above)
         else:
             squares = sum(_squares(a) for a in rows(above))
-        size = math.sqrt(squares + _squares(below)) * math.sqrt(free.squares)
+        size = math.sqrt(squares + _squares(below) + len(below)) * math.sqrt(free.squares)
         finite = size <= torch.finfo(below.dtype).max
         return Swept(found, [below, *above], free.unit.errors, finite)
 

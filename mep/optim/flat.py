@@ -45,9 +45,12 @@ class FlatSteps:
     def __init__(self, updating: Updating) -> None:
         alone = updating.constraint is None and updating.penalty is None
         rule = updating.rule if alone and updating.clip_norm is None else None
-        self._rule = rule if isinstance(rule, SGD) else None
+        self._rule: SGD | None = (
+            rule if type(rule) is SGD else None
+        )  # a subclass may have a step of its own
         self._flat: Flat | None = None
-        self._parameters: list[Any] = []
+        self._parameters: list[Any] = []  # of the net, and then of the groups
+        self._sizes: list[int] = []
         self._shares: list[_Share] = []
 
     def take(
@@ -78,9 +81,11 @@ class FlatSteps:
                 return False
             self._flat, self._parameters = Flat(chain, how), []
         weights, biases = self._flat.parameters()
-        every = [*weights, *biases]
-        if len(every) != len(self._parameters) or not all(map(is_, every, self._parameters)):
-            self._shares, self._parameters = _shares(weights, biases, groups), every
+        every, sizes = [*weights, *biases], [len(group["params"]) for group in groups]
+        known = [*every, *(p for group in groups for p in group["params"])]
+        if sizes != self._sizes or not _same(known, self._parameters):
+            self._shares = _shares(weights, biases, groups)
+            self._parameters, self._sizes = known, sizes
         with_momentum = all(groups[share.group]["momentum"] for share in self._shares)
         frozen = any(p is None or not p.requires_grad for p in every)
         return bool(self._shares) and with_momentum and not frozen
@@ -125,7 +130,7 @@ def _prepare(
             adds.append(lambda keep: whole.baddbmm_(e.mT, a, beta=keep, alpha=scale))
         return momenta
     (p,), (own,), (e,) = parameters, states, errors
-    if "momentum_buffer" not in own:
+    if own.get("momentum_buffer") is None:
         own["momentum_buffer"] = torch.zeros_like(p)
     m = own["momentum_buffer"]
     if activities is None:
@@ -133,6 +138,10 @@ def _prepare(
     else:
         adds.append(lambda keep: m.addmm_(e.t(), activities[0], beta=keep, alpha=scale))
     return [m]
+
+
+def _same(tensors: list[Any], known: list[Any]) -> bool:
+    return len(tensors) == len(known) and all(map(is_, tensors, known))
 
 
 def _all(adds: list[Add], keep: float) -> None:
@@ -160,7 +169,7 @@ def _shares(
     every = [id(p) for p in (*weights, *biases)]
     if len({*every}) < len(every) or not home.keys() >= {*every}:
         return []
-    return [
+    shares = [
         _Share(
             k,
             _spans([i for i, p in enumerate(weights) if home[id(p)] == k], len(weights)),
@@ -168,3 +177,4 @@ def _shares(
         )
         for k in range(len(groups))
     ]
+    return [share for share in shares if share.weights or share.biases]

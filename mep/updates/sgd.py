@@ -66,7 +66,7 @@ class SGD(Rule):
         dense: list[tuple[Tensor, Tensor, Tensor | None]] = []
         folded: dict[Any, list[tuple[Tensor, Factors, dict[str, Any]]]] = defaultdict(list)
         for p, gradient, state in zip(parameters, gradients, states, strict=True):
-            if group["momentum"] != 0 and "momentum_buffer" not in state:
+            if group["momentum"] != 0 and state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(p)
             if isinstance(gradient, Factors):
                 folded[gradient.stack].append((p, gradient, state))
