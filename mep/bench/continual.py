@@ -250,7 +250,10 @@ def _summary(arm: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         known = [value for value in values if value is not None]
         entry[key] = mean(known) if known else None
         entry[f"{key}_spread"] = stdev(known) if len(known) > 1 else None
-    entry["matrix"] = [row["accuracies"] for row in runs[0] if row["task"] >= 0]
+    learned = [[row["accuracies"] for row in run if row["task"] >= 0] for run in runs]
+    entry["matrix"] = [
+        [mean(cell) for cell in zip(*rows, strict=True)] for rows in zip(*learned, strict=True)
+    ]
     for key in ("residual", "aggregate", "settled", "c", "ms"):
         values = [row[key] for row in own if row.get(key) is not None]
         entry |= {key: mean(values)} if values else {}
