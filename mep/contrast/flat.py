@@ -20,6 +20,7 @@ from mep.contrast.estimate import Estimate
 from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
 from mep.contrast.strength import strength_of
+from mep.curvature import squares
 from mep.energies import FreePhase, PredictionError, Squared
 from mep.kernels import rows
 from mep.memory import phase
@@ -136,21 +137,16 @@ class Flat:
         below, above = free.points[0].values[-1], [point.values[1] for point in points]
         bound = self.run.blocks[0].activation.bound
         if bound < math.inf:
-            squares = bound**2 * sum(a.numel() for a in above)
+            total = bound**2 * sum(a.numel() for a in above)
         else:
-            squares = sum(_squares(a) for a in rows(above))
-        size = math.sqrt(squares + _squares(below) + len(below)) * math.sqrt(free.squares)
+            total = sum(squares(a) for a in rows(above))
+        size = math.sqrt(total + squares(below) + len(below)) * math.sqrt(free.squares)
         finite = size <= torch.finfo(below.dtype).max
         return Swept(found, [below, *above], free.unit.errors, finite)
 
 
-def _squares(tensor: Tensor) -> float:
-    flat = tensor.reshape(-1)
-    return float(torch.dot(flat, flat))
-
-
-def _balance(free: FreePhase, moved: Tensor, squares: Tensor) -> Residual:
+def _balance(free: FreePhase, moved: Tensor, forces: Tensor) -> Residual:
     """Returns the residual, given the output's displacement and the squares of the forces below."""
     gradient = free.cost.both(free.states[-1] + moved, free.target)[1]
     last = sample_norm(gradient - free.cost_gradient)
-    return Residual.of(torch.addcmul(squares, last, last).sqrt_(), sample_norm(gradient))
+    return Residual.of(torch.addcmul(forces, last, last).sqrt_(), sample_norm(gradient))

@@ -2,7 +2,7 @@
 
 from mep.curvature.diagonal import diagonal_fisher
 from mep.curvature.kronecker import activity_factor, error_factor, kronecker_factors
-from mep.curvature.signal import Factors, Signal, Stack, finite_products, stack_of
+from mep.curvature.signal import Factors, Signal, Stack, finite_products, squares, stack_of
 
 __all__ = [
     "Factors",
@@ -13,5 +13,6 @@ __all__ = [
     "error_factor",
     "finite_products",
     "kronecker_factors",
+    "squares",
     "stack_of",
 ]

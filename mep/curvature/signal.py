@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Factors", "Signal", "Stack", "finite_products", "stack_of"]
+__all__ = ["Factors", "Signal", "Stack", "finite_products", "squares", "stack_of"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -141,11 +141,16 @@ def finite_products(gradients: Iterable[Factors]) -> bool:
     alone = Factors(signal for signal in signals if signal.stack is None)
     every += [t for _, a, e in alone.rows() for t in (a, e)]
     # |G| <= |scale| |e| |a| for each product, and so with room to spare:
-    squares = sum(_squares(t) for t in every) * sum(abs(signal.scale) for signal in signals)
-    return squares <= torch.finfo(every[0].dtype).max
+    total = sum(squares(t) for t in every) * sum(abs(signal.scale) for signal in signals)
+    return total <= torch.finfo(every[0].dtype).max
 
 
-def _squares(tensor: Tensor) -> float:
+def squares(tensor: Tensor) -> float:
+    """Returns the sum of a tensor's squares, infinite where it overflows; shape is no matter.
+
+    >>> squares(torch.tensor([[1.0], [2.0]]))
+    5.0
+    """
     flat = tensor.reshape(-1)
     return float(torch.dot(flat, flat))
 
