@@ -12,15 +12,17 @@ from mep.contrast import (
     estimate,
     five_point,
     free_states,
+    holomorphic,
     one_sided,
+    random_sign,
     settle,
     state_gradients,
 )
 from mep.diagnostics import Diagnosis, diagnose
-from mep.energies import KL, PredictionError, Squared
+from mep.energies import KL, Hopfield, PredictionError, Squared
 from mep.optim import EPOptimizer, param_groups
 from mep.presets import local_ep, muon_backprop, natural_ep, sdmep, smep, smep_fast
-from mep.settling import Anderson, GradientDescent, Limit, Sweep
+from mep.settling import Anderson, FixedPoint, GradientDescent, Limit, Sweep
 from mep.updates import SGD, Dion, ErrorFeedback, Muon, Natural, Normalised, Route, Sign, TopK
 
 __version__ = "0.1.0"
@@ -37,7 +39,9 @@ __all__ = [
     "EPOptimizer",
     "ErrorFeedback",
     "Estimate",
+    "FixedPoint",
     "GradientDescent",
+    "Hopfield",
     "Limit",
     "Muon",
     "Natural",
@@ -59,6 +63,7 @@ __all__ = [
     "estimate",
     "five_point",
     "free_states",
+    "holomorphic",
     "init",
     "local_ep",
     "memory",
@@ -68,6 +73,7 @@ __all__ = [
     "one_sided",
     "param_groups",
     "presets",
+    "random_sign",
     "sdmep",
     "settle",
     "smep",

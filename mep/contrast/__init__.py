@@ -5,9 +5,16 @@ from mep.contrast.estimate import Estimate, Sink, contrast, estimate
 from mep.contrast.fisher import free_signals, free_sweeps
 from mep.contrast.footprint import footprints, standing
 from mep.contrast.inspect import energy, free_states, settle, state_gradients
-from mep.contrast.phases import chain_of, check_input, free_phase
+from mep.contrast.phases import chain_of, check_input, energy_of, free_phase
 from mep.contrast.settings import Settings, settings
-from mep.contrast.stencils import Stencil, centered, five_point, one_sided
+from mep.contrast.stencils import (
+    Stencil,
+    centered,
+    five_point,
+    holomorphic,
+    one_sided,
+    random_sign,
+)
 from mep.contrast.streaming import contrast_streamed
 from mep.contrast.strength import AutoBeta, Easing
 
@@ -26,6 +33,7 @@ __all__ = [
     "contrast_blockwise",
     "contrast_streamed",
     "energy",
+    "energy_of",
     "estimate",
     "five_point",
     "footprints",
@@ -33,7 +41,9 @@ __all__ = [
     "free_signals",
     "free_states",
     "free_sweeps",
+    "holomorphic",
     "one_sided",
+    "random_sign",
     "settings",
     "settle",
     "standing",

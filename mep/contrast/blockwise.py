@@ -31,6 +31,11 @@ def check_blockwise(how: Settings, chain: Chain, option: str = "`blockwise=True`
     Raises:
         ValueError: naming the option and what it must be.
     """
+    if not isinstance(how.energy, PredictionError) or not isinstance(how.energy.output, Squared):
+        raise ValueError(
+            f"{option} needs the squared error in every layer: use "
+            f"energy=mep.PredictionError(), not {how.energy}"
+        )
     if not isinstance(how.settler, Sweep) or how.settler.max_sweeps != 1:
         raise ValueError(
             f"{option} updates during the nudged sweep, of which there is one: use "
@@ -40,11 +45,6 @@ def check_blockwise(how: Settings, chain: Chain, option: str = "`blockwise=True`
         raise ValueError(
             f"{option} has one nudged phase: use stencil=mep.one_sided, not "
             f"{getattr(how.stencil, '__name__', how.stencil)}"
-        )
-    if not isinstance(how.energy, PredictionError) or not isinstance(how.energy.output, Squared):
-        raise ValueError(
-            f"{option} needs the squared error in every layer: use "
-            f"energy=mep.PredictionError(), not {how.energy}"
         )
     seen: set[int] = set()
     for block in chain:

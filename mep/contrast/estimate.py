@@ -6,23 +6,23 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mep.contrast.phases import free_phase
+from mep.contrast.phases import energy_of, free_phase
 from mep.contrast.settings import Settings, settings
 from mep.contrast.stencils import Stencil, one_sided
 from mep.contrast.strength import AutoBeta, strength_of
 from mep.curvature import Signal
-from mep.energies import Cost, Energy, FreePhase
+from mep.energies import Cost, Energy, Phase
 from mep.memory import label, phase
 from mep.settling import (
     CONVERGED,
     DIVERGED,
     LIMIT,
     NOT_SETTLED,
-    GradientDescent,
     Measured,
     Residual,
     Settled,
@@ -80,14 +80,16 @@ def estimate(
     the batch mean, from the settled states of each node of the stencil.
 
     Args:
-        model: any model that ``mep.trace`` can read.
+        model: any model that ``mep.trace`` can read, or one with ``couplings()``.
         x: input, shape ``(B, *in)``.
         target: what the cost takes: classes ``(B,)`` or ``(B, *positions)``, or real values.
         cost: ``"cross_entropy"``, ``"mse"`` or a cost object.
         beta: nudging strength: ``"auto"``, a number > 0, or ``mep.AutoBeta(c)``.
-        settler: how nudged phases are settled; ``mep.Sweep()`` by default.
-        stencil: ``mep.one_sided``, ``mep.centered`` or ``mep.five_point``.
-        energy: ``mep.PredictionError(output=...)``.
+        settler: how phases are settled; ``mep.Sweep()`` by default, ``mep.FixedPoint()`` for
+            ``mep.Hopfield()``.
+        stencil: ``mep.one_sided``, ``mep.centered``, ``mep.five_point``, ``mep.random_sign()`` or,
+            for ``mep.Hopfield()``, ``mep.holomorphic(n)``.
+        energy: ``mep.PredictionError(output=...)`` or ``mep.Hopfield()``; by the model.
         gradient_method: ``"analytic"`` (closed forms) or ``"autograd"`` (the reference).
         weight: factor on what is added, ``n_i / N`` for unequal micro-batches. They add up to the
             full batch exactly at a fixed ``beta``; an automatic one is chosen batch by batch.
@@ -108,7 +110,7 @@ def estimate(
     if not math.isfinite(weight):
         raise ValueError(f"`weight` must be a finite number, got {weight}")
     how = settings(
-        cost=cost, beta=beta, settler=settler, stencil=stencil, energy=energy,
+        cost=cost, beta=beta, settler=settler, stencil=stencil, energy=energy_of(model, energy),
         gradient_method=gradient_method,
     )  # fmt: skip
     free = free_phase(model, x, target, how)
@@ -127,7 +129,7 @@ def _add_to_grad(signal: Signal) -> None:
 
 
 @torch.no_grad()
-def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0) -> Estimate:
+def contrast(free: Any, how: Settings, sink: Sink, *, weight: float = 1.0) -> Estimate:
     """Settles every node of the stencil, gives a verdict, then sends the gradients to a sink.
 
     Args:
@@ -145,23 +147,28 @@ def contrast(free: FreePhase, how: Settings, sink: Sink, *, weight: float = 1.0)
         beta = strength_of(how.beta, lambda: free.gain)
     nodes = how.nodes(beta)
     with phase("mep: settle"):
-        phases = [settle(how.energy.nudged(free, b), how.settler) for b, _ in nodes]
+        phases = [_settled(free, b, how) for b, _ in nodes]
     found = summary(free, phases, nodes)
+    advice = how.energy.advice(free, how.settler, phases[0], found.status)
     if found.status == DIVERGED:
-        warnings.warn(_divergence(found, how), stacklevel=3)
+        warnings.warn(_divergence(found, advice or _remedy(how)), stacklevel=3)
         return found
-    if isinstance(how.settler, GradientDescent):
-        _warn_if_silent(phases[0])
-    batch = len(free.loss)
+    if advice is not None:
+        warnings.warn(advice, stacklevel=3)
     with phase("mep: contrast"):
-        for settled, (b, node_weight) in zip(phases, nodes, strict=True):
-            at = settled.configuration
-            scale = -node_weight * b * weight / batch  # errors come per unit of beta
-            errors = at.local_errors()
-            for run in free.chain.runs:
-                for signal in run.signals(at.points[run.span], errors[run.span], scale):
-                    sink(signal)
+        ends = [Phase(end, b, w) for end, (b, w) in zip(phases, nodes, strict=True)]
+        for signal in how.energy.signals(free, ends, weight / len(free.loss)):
+            sink(signal)
     return found
+
+
+def _settled(free: Any, beta: Any, how: Settings) -> Settled:
+    """Settles one node; at 0 the free phase has been settled already."""
+    if beta == 0:
+        return free.settled
+    settled = settle(how.energy.nudged(free, beta), how.settler)
+    free.learn(beta, settled)
+    return settled
 
 
 def refused(loss: Tensor, beta: float) -> Estimate:
@@ -170,8 +177,9 @@ def refused(loss: Tensor, beta: float) -> Estimate:
     return Estimate(loss.mean(), Residual(nothing, nothing), 0, DIVERGED, abs(beta))
 
 
-def summary(free: FreePhase, phases: list[Settled], nodes: list[tuple[float, float]]) -> Estimate:
-    """Returns the verdict on a batch: the worst over its nudged phases."""
+def summary(free: Any, phases: list[Settled], nodes: list[tuple[complex, complex]]) -> Estimate:
+    """Returns the verdict on a batch: the worst over its phases, the free one if it was settled."""
+    phases = [*phases, *free.settlings]
     statuses = {phase.status for phase in phases}
     loss = free.mean
     worst = next(s for s in (DIVERGED, NOT_SETTLED, LIMIT, CONVERGED) if s in statuses)
@@ -180,31 +188,23 @@ def summary(free: FreePhase, phases: list[Settled], nodes: list[tuple[float, flo
         per_sample = torch.maximum(per_sample, other.residual)
     return Estimate(
         loss=loss,
-        balance=Residual(per_sample, phases[-1].balance.nudge),
+        balance=Residual(per_sample, phases[0].balance.nudge),
         sweeps=max(phase.steps for phase in phases),
         status=worst if math.isfinite(float(loss)) else DIVERGED,
         beta=max(abs(b) for b, _ in nodes),
     )
 
 
-def _divergence(found: Estimate, how: Settings) -> str:
-    remedy = (
+def _remedy(how: Settings) -> str:
+    return (
         "the chain does not settle even under a relative nudge: lower `c`, or start from an "
         "isometric initialiser (mep.init.orthogonal_, mep.init.identity_)"
         if isinstance(how.beta, AutoBeta)
         else f"beta={how.beta} is too strong here: use beta='auto' and settler=mep.Sweep()"
     )
+
+
+def _divergence(found: Estimate, remedy: str) -> str:
     return (
         f"settling diverged (median residual {found.median:.2g}); no gradient was written. {remedy}"
     )
-
-
-def _warn_if_silent(phase: Settled) -> None:
-    errors = phase.configuration.local_errors()
-    silent = sum(not bool(e.any()) for e in errors)
-    if silent and errors[-1].any():
-        warnings.warn(
-            f"{silent} of {len(errors)} layers get no signal: gradient settling moves information "
-            "one layer per step; use settler=mep.Sweep() with beta='auto', or more steps",
-            stacklevel=4,
-        )

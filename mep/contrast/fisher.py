@@ -69,6 +69,11 @@ def free_sweeps(
 def _sweeps(free: FreePhase, targets: str, samples: int | None) -> Iterator[list[Tensor]]:
     if targets not in ("empirical", "true"):
         raise ValueError(f"`targets` must be 'empirical' or 'true', got {targets!r}")
+    if not isinstance(free, FreePhase):
+        raise ValueError(
+            "curvature is read off the backward sweep of mep.PredictionError(), which an energy of "
+            "symmetric couplings does not have: use a penalty or rule that takes none"
+        )
     if targets == "empirical":
         yield free.unit.errors
         return

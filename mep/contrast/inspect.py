@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import Chain
-from mep.contrast.phases import chain_of, check_input, free_phase
+from mep.contrast.phases import chain_of, check_input, energy_of, free_phase
 from mep.contrast.settings import settings
 from mep.contrast.strength import AutoBeta, strength_of
-from mep.energies import Cost, Energy, PredictionError, cost_of
+from mep.energies import Cost, Energy, cost_of
 from mep.settling import Settled, Solver
 from mep.settling import settle as run
 
 __all__ = ["energy", "free_states", "settle", "state_gradients"]
 
 
-def free_states(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Returns the free equilibrium ``s_i = f_i(s_{i-1})``, the states of the forward pass.
+def free_states(model: nn.Module, x: Tensor, *, energy: Energy | None = None) -> list[Tensor]:
+    """Returns the free equilibrium.
+
+    For the prediction error ``s_i = f_i(s_{i-1})``, the states of the forward pass, without any
+    settling; for symmetric couplings the states that a forward pass settles to.
 
     Args:
-        model: any model that ``mep.trace`` can read.
+        model: any model that ``mep.trace`` can read, or one with ``couplings()``.
         x: input, shape ``(B, *in)``.
+        energy: ``mep.PredictionError(output=...)`` or ``mep.Hopfield()``; by the model.
 
     Returns:
-        ``s_1 ... s_L``, each ``(B, *units)``; pre-activations, the last one the model's output.
+        ``s_1 ... s_L``, each ``(B, *units)``; the last one is the output, but for a read-out.
 
     Raises:
         TypeError, ValueError: if the input does not fit.
@@ -34,9 +39,10 @@ def free_states(model: nn.Module, x: Tensor) -> list[Tensor]:
 
     Source: Whittington & Bogacz 2017.
     """
-    chain = chain_of(model)
+    how = energy_of(model, energy)
+    chain = chain_of(model, energy=how)
     check_input(chain, x)
-    return chain.free(x)[0]
+    return how.free_states(chain, x)
 
 
 def energy(
@@ -58,7 +64,7 @@ def energy(
         target: what the cost takes.
         beta: nudging strength, any number.
         cost: name or object.
-        energy: ``mep.PredictionError(output=...)``.
+        energy: ``mep.PredictionError(output=...)`` or ``mep.Hopfield()``; by the model.
 
     Returns:
         Shape ``(B,)``, differentiable in states and parameters.
@@ -72,11 +78,12 @@ def energy(
 
     Source: Scellier & Bengio 2017.
     """
-    chain = chain_of(model)
+    how, which = energy_of(model, energy), cost_of(cost)
+    chain = chain_of(model, energy=how)
     check_input(chain, x)
-    _check_states(chain, x, states)
-    y = cost_of(cost).prepare(target, states[-1])
-    return (energy or PredictionError()).value(chain, x, states, y, cost_of(cost), beta)
+    _check_states(how, chain, x, states)
+    y = which.prepare(target, how.result(chain, x, states))
+    return how.value(chain, x, states, y, which, beta)
 
 
 def state_gradients(
@@ -102,7 +109,7 @@ def state_gradients(
         beta: nudging strength, any number.
         cost: name or object.
         method: ``"analytic"`` (block by block) or ``"autograd"`` (of the total energy).
-        energy: ``mep.PredictionError(output=...)``.
+        energy: ``mep.PredictionError(output=...)`` or ``mep.Hopfield()``; by the model.
 
     Returns:
         One tensor per state, of its shape.
@@ -119,11 +126,11 @@ def state_gradients(
     """
     if method not in ("analytic", "autograd"):
         raise ValueError(f"`method` must be 'analytic' or 'autograd', got {method!r}")
-    chain = chain_of(model, method)
+    how, which = energy_of(model, energy), cost_of(cost)
+    chain = chain_of(model, method, how)
     check_input(chain, x)
-    _check_states(chain, x, states)
-    which, how = cost_of(cost), energy or PredictionError()
-    y = which.prepare(target, states[-1])
+    _check_states(how, chain, x, states)
+    y = which.prepare(target, how.result(chain, x, states))
     if method == "analytic":
         return how.forces(chain, x, states, y, which, beta)
     leaves = [s.detach().requires_grad_() for s in states]
@@ -152,7 +159,7 @@ def settle(
         cost: name or object.
         beta: nudging strength: ``"auto"``, a number > 0, or ``mep.AutoBeta(c)``.
         settler: ``mep.Sweep()`` by default.
-        energy: ``mep.PredictionError(output=...)``.
+        energy: ``mep.PredictionError(output=...)`` or ``mep.Hopfield()``; by the model.
         gradient_method: ``"analytic"`` or ``"autograd"`` forces.
 
     Returns:
@@ -168,15 +175,16 @@ def settle(
     Source: Scellier & Bengio 2017, sec. 3.1.
     """
     how = settings(
-        cost=cost, beta=beta, settler=settler, energy=energy, gradient_method=gradient_method
-    )
+        cost=cost, beta=beta, settler=settler, energy=energy_of(model, energy),
+        gradient_method=gradient_method,
+    )  # fmt: skip
     with torch.no_grad():
         free = free_phase(model, x, target, how)
         return run(how.energy.nudged(free, strength_of(how.beta, lambda: free.gain)), how.settler)
 
 
-def _check_states(chain: Chain, x: Tensor, states: list[Tensor]) -> None:
-    expected = [tuple(s.shape) for s in chain.free(x)[0]]
+def _check_states(how: Energy, chain: Any, x: Tensor, states: list[Tensor]) -> None:
+    expected = how.shapes(chain, x)
     given = [tuple(s.shape) for s in states]
     if given != expected:
-        raise ValueError(f"`states` must have the shapes {expected}, one per block, got {given}")
+        raise ValueError(f"`states` must have the shapes {expected}, one per state, got {given}")

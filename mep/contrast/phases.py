@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import Chain, trace
+from mep.blocks import Chain
 from mep.contrast.settings import Settings
-from mep.energies import FreePhase
+from mep.contrast.strength import strength_of
+from mep.couplings import Coupled, Couplings
+from mep.energies import Energy, Hopfield, PredictionError
 from mep.kernels import rows
 from mep.memory import phase
 from mep.settling import TRANSPOSE
 
-__all__ = ["all_finite", "chain_of", "check_input", "free_phase"]
+__all__ = ["all_finite", "chain_of", "check_input", "energy_of", "free_phase"]
 
 # From so many tensors on, finding those that lie in a row takes less time than it saves.
 _MANY = 16
 
-_chains: WeakKeyDictionary[nn.Module, dict[str, tuple[list[_Seen], Chain]]]
+_chains: WeakKeyDictionary[nn.Module, dict[tuple[str, str], tuple[list[_Seen], Any]]]
 _chains = WeakKeyDictionary()
 
 
@@ -59,18 +62,32 @@ def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def chain_of(model: nn.Module, gradient_method: str = "analytic") -> Chain:
-    """Returns the model's chain, traced once and again whenever a module has been changed."""
+def energy_of(model: nn.Module | None, energy: Energy | None = None) -> Energy:
+    """Returns the energy that was given, or else the one that the model is made for."""
+    if energy is not None:
+        return energy
+    return Hopfield() if isinstance(model, Coupled) else PredictionError()
+
+
+def chain_of(
+    model: nn.Module, gradient_method: str = "analytic", energy: Energy | None = None
+) -> Any:
+    """Returns what an energy sees of a model, its chain or its couplings.
+
+    It is read once, and again whenever a module has been changed.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+    energy = energy_of(model, energy)
     known = _chains.setdefault(model, {})  # by the model itself, which it does not keep alive
-    seen, chain = known.get(gradient_method, (None, None))
+    key = (type(energy).__name__, gradient_method)
+    seen, chain = known.get(key, (None, None))
     # One look per module at every step: no walk through the tree, no new lists of names.
     if chain is None or seen is None or not all(module.unchanged() for module in seen):
-        chain = trace(model, gradient_method=gradient_method)
+        chain = energy.read(model, gradient_method)
         # A model that is itself a block's module would be kept alive by its own entry.
-        if not any(module is model for block in chain for module in block.modules):
-            known[gradient_method] = [_Seen(module) for module in model.modules()], chain
+        if not any(module is model for block in chain.blocks for module in block.modules):
+            known[key] = [_Seen(module) for module in model.modules()], chain
     return chain
 
 
@@ -80,7 +97,7 @@ def free_phase(
     target: Tensor,
     how: Settings,
     feedback: Mapping[int, Tensor] | None = None,
-) -> FreePhase:
+) -> Any:
     """Checks a batch and runs its free phase.
 
     Args:
@@ -100,13 +117,15 @@ def free_phase(
             f"`feedback={how.settler.feedback!r}` keeps weights of its own, which live in an "
             "EPOptimizer: call its step(x=..., target=...), or use feedback='transpose' here"
         )
-    chain = chain_of(model, how.gradient_method)
+    chain = chain_of(model, how.gradient_method, how.energy)
+    how.energy.check(chain, how.settler)
     check_input(chain, x)
     with phase("mep: settle"):
-        return FreePhase(chain, x, target, how.cost, feedback)
+        beta = strength_of(how.beta, lambda: 1.0)
+        return how.energy.free(chain, x, target, how.cost, how.settler, beta, feedback)
 
 
-def check_input(model: Chain | nn.Module, x: Tensor) -> None:
+def check_input(model: Chain | Couplings | nn.Module, x: Tensor) -> None:
     """Refuses an input that no block could take, naming the remedy.
 
     Raises:
@@ -117,7 +136,8 @@ def check_input(model: Chain | nn.Module, x: Tensor) -> None:
         raise TypeError(f"`x` must be a Tensor, got {type(x).__name__}")
     if x.dim() < 1 or x.numel() == 0:
         raise ValueError(f"`x` is empty (shape {tuple(x.shape)}); pass at least one sample")
-    parameter = model.parameter if isinstance(model, Chain) else next(model.parameters())
+    read = isinstance(model, (Chain, Couplings))
+    parameter = model.parameter if read else next(model.parameters())
     if parameter.dtype == torch.float16:
         raise TypeError("float16 models are not supported: nudges underflow; use bfloat16")
     if x.device != parameter.device:
@@ -148,8 +168,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return True
 
 
-def _check_indices(model: Chain | nn.Module, x: Tensor) -> None:
-    first = nn.ModuleList(model.blocks[0].modules if isinstance(model, Chain) else [model])
+def _check_indices(model: Chain | Couplings | nn.Module, x: Tensor) -> None:
+    read = isinstance(model, (Chain, Couplings))
+    first = nn.ModuleList(model.blocks[0].modules if read else [model])
     if not any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in first.modules()):
         raise TypeError(
             f"`x` has dtype {x.dtype}, but the model does not begin with an embedding; pass "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mep.contrast.stencils import Stencil, one_sided
 from mep.contrast.strength import AutoBeta, check_beta
 from mep.energies import Cost, Energy, PredictionError, cost_of
-from mep.settling import Solver, Sweep
+from mep.settling import Solver
 
 __all__ = ["Settings", "settings"]
 
@@ -23,12 +24,13 @@ class Settings:
     energy: Energy
     gradient_method: str
 
-    def nodes(self, beta: float) -> list[tuple[float, float]]:
-        """Returns the nodes ``(beta_k, w_k)`` of the stencil that are to be settled.
+    def nodes(self, beta: float) -> list[tuple[Any, Any]]:
+        """Returns the nodes ``(beta_k, w_k)`` of the stencil that have a share in the contrast.
 
-        The errors vanish at the free equilibrium: a node at 0 adds nothing.
+        They are floats, or complex where the energy takes it.
         """
-        return [(b, w) for b, w in self.stencil(beta) if b != 0]
+        free = self.energy.contrasts_free
+        return [(b, w) for b, w in self.stencil(beta) if b != 0 or free]
 
 
 def settings(
@@ -49,11 +51,12 @@ def settings(
         raise TypeError(f"`settler` must be a mep solver such as mep.Sweep(), got {settler!r}")
     if not callable(stencil):
         raise TypeError(f"`stencil` must be a function such as mep.one_sided, got {stencil!r}")
-    _check_stencil(stencil)
     if energy is not None and not isinstance(energy, Energy):
         raise TypeError(
             f"`energy` must be a mep energy such as mep.PredictionError(), got {energy!r}"
         )
+    energy = energy or PredictionError()
+    _check_stencil(stencil, energy)
     if gradient_method not in ("analytic", "autograd"):
         raise ValueError(
             f"`gradient_method` must be 'analytic' or 'autograd', got {gradient_method!r}"
@@ -61,17 +64,22 @@ def settings(
     return Settings(
         cost_of(cost),
         check_beta(beta),
-        settler or Sweep(),
+        settler or energy.default_solver,
         stencil,
-        energy or PredictionError(),
+        energy,
         gradient_method,
     )
 
 
-def _check_stencil(stencil: Stencil) -> None:
+def _check_stencil(stencil: Stencil, energy: Energy) -> None:
     """A stencil that is no first derivative would estimate something else than the gradient."""
     nodes = stencil(1.0)
-    moments = [sum(w * b**k for b, w in nodes) for k in (0, 1)]
+    if any(isinstance(b, complex) for b, _ in nodes) and not energy.takes_complex:
+        raise ValueError(
+            f"a stencil of complex nodes needs an energy whose states may be complex, such as "
+            f"mep.Hopfield(), not {energy}"
+        )
+    moments = [sum((w * b**k).real for b, w in nodes) for k in (0, 1)]
     if max(abs(moments[0]), abs(moments[1] - 1)) > 1e-9:
         raise ValueError(
             f"`stencil` must return nodes (beta_k, w_k) with sum w = 0 and sum w beta = 1; these "

@@ -1,17 +1,21 @@
 """Finite-difference stencils in the nudging strength.
 
 A stencil is a table of nodes ``(beta_k, w_k)`` with ``sum w = 0`` and ``sum w beta = 1``; the
-gradient estimate is ``g = sum_k w_k dF/dtheta(s^{beta_k})``. Each function takes the largest
-``|beta_k|`` and returns the table.
+gradient estimate is ``g = sum_k w_k dF/dtheta(s^{beta_k})``, its real part where nodes are complex.
+A stencil takes the largest ``|beta_k|`` and returns the table.
 """
 
 from __future__ import annotations
 
+import cmath
+import math
 from collections.abc import Callable
 
-__all__ = ["Stencil", "centered", "five_point", "one_sided"]
+import torch
 
-Nodes = tuple[tuple[float, float], ...]
+__all__ = ["Stencil", "centered", "five_point", "holomorphic", "one_sided", "random_sign"]
+
+Nodes = tuple[tuple[complex, complex], ...]
 Stencil = Callable[[float], Nodes]
 
 
@@ -70,3 +74,63 @@ def five_point(beta: float) -> Nodes:
         (h, 8 / (12 * h)),
         (2 * h, -1 / (12 * h)),
     )
+
+
+def random_sign(generator: torch.Generator | None = None) -> Stencil:
+    """``one_sided`` with a nudge of either sign, drawn anew at every call: one nudged phase.
+
+    The error of first order changes its sign with the nudge, and averages out over batches.
+
+    Args:
+        generator: on the CPU; torch's own by default.
+
+    Returns:
+        A stencil.
+
+    >>> stencil = random_sign(torch.Generator().manual_seed(0))
+    >>> sorted({stencil(0.5)[1][0] for _ in range(20)})
+    [-0.5, 0.5]
+
+    Source: Scellier & Bengio 2017, sec. 3.5.
+    """
+
+    def signed(beta: float) -> Nodes:
+        return one_sided(beta if int(torch.randint(2, (), generator=generator)) else -beta)
+
+    return signed
+
+
+def holomorphic(n: int) -> Stencil:
+    """``n`` complex nodes on a circle: an error of order ``n``, falling geometrically in ``n``.
+
+    ``g = Re (1 / n beta) sum_k e^{-2 pi i k / n} dF/dtheta(beta e^{2 pi i k / n})``, a Cauchy
+    integral by the trapezoidal rule. Nodes of conjugate betas have conjugate states: one of each
+    pair is settled, with twice the weight.
+
+    Args:
+        n: number of nodes, >= 2; 2 is ``centered``.
+
+    Returns:
+        A stencil, for an energy whose states may be complex, such as ``mep.Hopfield()``.
+
+    Raises:
+        ValueError: if ``n`` is too small.
+
+    >>> [(round(abs(b), 6), round(abs(w), 6)) for b, w in holomorphic(4)(0.5)]
+    [(0.5, 0.5), (0.5, 1.0), (0.5, 0.5)]
+
+    Source: Laborieux & Zenke 2022, eq. 9.
+    """
+    if not isinstance(n, int) or n < 2:
+        raise ValueError(f"`holomorphic(n)` needs a whole number of nodes >= 2, got {n!r}")
+
+    def nodes(beta: float) -> Nodes:
+        table = []
+        for k in range(n // 2 + 1):
+            alone = 2 * k % n == 0  # on the real axis
+            turn = cmath.exp(2j * math.pi * k / n)
+            b = beta * (turn.real if alone else turn)
+            table.append((b, (1 if alone else 2) / (n * b)))
+        return tuple(table)
+
+    return nodes

@@ -1,11 +1,15 @@
 """Energies of a chain, costs at its output, and the nudged problem they pose."""
 
 from mep.energies.costs import Cost, CrossEntropy, SquaredError, cost_of
-from mep.energies.energy import Energy
+from mep.energies.differentiable import differentiable_states
+from mep.energies.energy import Energy, Phase
+from mep.energies.equilibrium import contraction, forward_start, settled_states
 from mep.energies.free import FreePhase, usable_gain
+from mep.energies.hopfield import Hopfield
 from mep.energies.nudged import Configuration, Nudged
 from mep.energies.outputs import KL, OutputEnergy, Squared
 from mep.energies.prediction import PredictionError
+from mep.energies.relaxation import Relaxation, States
 
 __all__ = [
     "KL",
@@ -14,11 +18,19 @@ __all__ = [
     "CrossEntropy",
     "Energy",
     "FreePhase",
+    "Hopfield",
     "Nudged",
     "OutputEnergy",
+    "Phase",
     "PredictionError",
+    "Relaxation",
     "Squared",
     "SquaredError",
+    "States",
+    "contraction",
     "cost_of",
+    "differentiable_states",
+    "forward_start",
+    "settled_states",
     "usable_gain",
 ]

@@ -20,6 +20,7 @@ class Cost(ABC):
     """A cost per sample, ``C(s, y)``, and its exact gradient in the output."""
 
     name: ClassVar[str]
+    curvature: ClassVar[float] = 0.0  # what is known of the second derivative, in every direction
 
     @abstractmethod
     def prepare(self, target: Tensor, output: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ class CrossEntropy(Cost):
         return known or super().both(s, y)
 
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
-        p = torch.softmax(self._taking_part(s), 1)
+        p = _softmax(self._taking_part(s))
         index = y.unsqueeze(1)
         # p_y - 1 loses all its digits for well-classified samples; the other classes' sum does not.
         p = p.scatter(1, index, 0.0)
@@ -185,6 +186,7 @@ class SquaredError(Cost):
     """
 
     name: ClassVar[str] = "mse"
+    curvature: ClassVar[float] = 1.0
 
     def prepare(self, target: Tensor, output: Tensor) -> Tensor:
         _same_device(target, output)
@@ -223,6 +225,13 @@ class SquaredError(Cost):
 
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
         return s - y
+
+
+def _softmax(s: Tensor) -> Tensor:
+    if not s.is_complex():
+        return torch.softmax(s, 1)
+    e = torch.exp(s - s.real.amax(1, keepdim=True))  # torch's own takes real values only
+    return e / e.sum(1, keepdim=True)
 
 
 def _same_device(target: Tensor, output: Tensor) -> None:

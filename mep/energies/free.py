@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mep.blocks import Chain, Feedback, product
 from mep.energies.costs import Cost
-from mep.settling import Messages
+from mep.settling import Messages, Settled
 
 __all__ = ["FreePhase", "usable_gain"]
 
@@ -108,6 +108,14 @@ class FreePhase:
         """``kappa = sum_i ||e_i||^2 / ||e_L||^2``: how much every layer's move adds up."""
         _, squares, own = self._swept
         return usable_gain(squares / own if own else math.nan, len(self.points))
+
+    @property
+    def settlings(self) -> list[Settled]:
+        """What had to be settled: nothing, the forward pass is the equilibrium."""
+        return []
+
+    def learn(self, beta: float, settled: Settled) -> None:
+        """The next nudged phase starts at the free states again, whatever one has found."""
 
     def commit(self) -> None:
         """Makes the free phase's running statistics permanent: once per step."""

@@ -95,6 +95,25 @@ class Nudged:
         at.errors, at.signal = messages.errors, messages.errors[-1]
         return at
 
+    @property
+    def unit(self) -> float:
+        return self.beta
+
+    def first(self) -> Configuration:
+        return self.sweep(None)
+
+    def unknowns(self, at: Configuration) -> list[Tensor]:
+        return at.errors
+
+    def improved(self, at: Configuration) -> list[Tensor]:
+        return self.backward(at).errors
+
+    def place(self, unknowns: list[Tensor]) -> Configuration:
+        return self.forward(Messages(unknowns, None))
+
+    def move(self, at: Configuration, steps: list[Tensor]) -> Configuration:
+        return self.displace([d + u for d, u in zip(at.displacements, steps, strict=True)])
+
     def displace(self, displacements: list[Tensor]) -> Configuration:
         points, errors = [self.free.points[0]], [displacements[0] / self.beta]
         for i in range(1, len(self.blocks)):

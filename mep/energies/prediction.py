@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mep.blocks import Chain
+from mep.blocks import Chain, Feedback, trace
+from mep.curvature import Signal
 from mep.energies.costs import Cost
-from mep.energies.energy import Energy
+from mep.energies.energy import Energy, Phase
 from mep.energies.free import FreePhase
 from mep.energies.nudged import Nudged
 from mep.energies.outputs import OutputEnergy, Squared
+from mep.settling import DIVERGED, FixedPoint, GradientDescent, Settled, Solver, Sweep
 
 __all__ = ["PredictionError"]
 
@@ -31,7 +35,56 @@ class PredictionError(Energy):
     Source: Whittington & Bogacz 2017, with unit variances.
     """
 
+    default_solver: ClassVar[Solver] = Sweep()
+    foreign: ClassVar[tuple[type[Solver], ...]] = (FixedPoint,)
+    contrasts_free: ClassVar[bool] = False
+    takes_complex: ClassVar[bool] = False
+
     output: OutputEnergy = field(default_factory=Squared)
+
+    def read(self, model: nn.Module, gradient_method: str) -> Chain:
+        return trace(model, gradient_method=gradient_method)
+
+    def free_states(self, chain: Chain, x: Tensor) -> list[Tensor]:
+        return chain.free(x)[0]
+
+    def shapes(self, chain: Chain, x: Tensor) -> list[tuple[int, ...]]:
+        return [tuple(s.shape) for s in chain.free(x)[0]]
+
+    def result(self, chain: Chain, x: Tensor, states: list[Tensor]) -> Tensor:
+        return states[-1]
+
+    def free(
+        self,
+        chain: Chain,
+        x: Tensor,
+        target: Tensor,
+        cost: Cost,
+        solver: Solver,
+        beta: float,
+        feedback: Feedback,
+    ) -> FreePhase:
+        return FreePhase(chain, x, target, cost, feedback)
+
+    def advice(self, free: FreePhase, solver: Solver, nudged: Settled, status: str) -> str | None:
+        if status == DIVERGED or not isinstance(solver, GradientDescent):
+            return None
+        errors = nudged.configuration.local_errors()
+        silent = sum(not bool(e.any()) for e in errors)
+        if not silent or not errors[-1].any():
+            return None
+        return (
+            f"{silent} of {len(errors)} layers get no signal: gradient settling moves information "
+            "one layer per step; use settler=mep.Sweep() with beta='auto', or more steps"
+        )
+
+    def signals(self, free: FreePhase, phases: Sequence[Phase], scale: float) -> Iterator[Signal]:
+        for settled, beta, weight in phases:
+            at = settled.configuration
+            factor = -weight.real * beta.real * scale  # errors come per unit of beta
+            errors = at.local_errors()
+            for run in free.chain.runs:
+                yield from run.signals(at.points[run.span], errors[run.span], factor)
 
     def value(
         self, chain: Chain, x: Tensor, states: list[Tensor], y: Tensor, cost: Cost, beta: float

@@ -81,7 +81,7 @@ def param_groups(model: nn.Module, lr: float, *, depth_scale: bool = True) -> li
 
     Source: the 1/L step of deep residual scaling, Zhang et al. 2019 (Fixup), sec. 3.
     """
-    blocks = [block for block in chain_of(model) if any(True for _ in block.parameters())]
+    blocks = [block for block in chain_of(model).blocks if any(True for _ in block.parameters())]
     ends = {id(p) for block in (blocks[0], blocks[-1]) for p in block.parameters()}
     every = list(model.parameters())
     outer = [p for p in every if id(p) in ends]

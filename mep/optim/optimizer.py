@@ -23,6 +23,7 @@ from mep.contrast import (
     Stencil,
     chain_of,
     check_blockwise,
+    energy_of,
     free_phase,
     free_signals,
     settings,
@@ -72,8 +73,8 @@ class EPOptimizer(Saved):
         penalty: keeps parameters where finished tasks have left them, such as ``mep.EWC(lam)``.
         ewc_lambda: stands for ``penalty=mep.EWC(ewc_lambda)``.
         cost: ``"cross_entropy"``, ``"mse"`` or a cost object.
-        energy: ``mep.PredictionError(output=...)``.
-        settler: ``mep.Sweep()`` by default.
+        energy: ``mep.PredictionError(output=...)`` or ``mep.Hopfield()``; by the model.
+        settler: ``mep.Sweep()`` by default, ``mep.FixedPoint()`` for ``mep.Hopfield()``.
         stencil: ``mep.one_sided`` by default.
         beta: ``"auto"``, a number > 0 or ``mep.AutoBeta(c)``.
         settle_steps: selects gradient settling with so many steps.
@@ -160,6 +161,8 @@ class EPOptimizer(Saved):
         self.skipped = self.skipped_in_a_row = self.unsettled = 0
         self.last: Estimate | None = None
         self._buffers = Buffers()
+        if mode == "ep":
+            chosen["energy"] = energy_of(model, energy)
         self.how: Settings = settings(cost=cost_of(cost), **with_settler(chosen))
         defaults = {
             "lr": lr, "lr_scale": 1.0, "momentum": momentum, "weight_decay": weight_decay,
@@ -168,13 +171,16 @@ class EPOptimizer(Saved):
         super().__init__(params, defaults)
         self._updating.check_model(model)
         if model is not None and (mode == "ep" or self._updating.observes):
-            chain = chain_of(model, self.how.gradient_method)  # refuse an unreadable model at once
+            # Refuse an unreadable model at once.
+            chain = chain_of(model, self.how.gradient_method, self.how.energy)
+            self._updating.check_energy(self.how.energy)
             feedback = self._feedback(model)
             if feedback and self.how.settler.feedback == KOLEN_POLLACK:
                 check_learning(self.param_groups, feedback, self.rule)
             if self.blockwise:
                 check_blockwise(self.how, chain, self._option)
                 self._updating.check_blockwise(self._option, within=self._budget is not None)
+            self.how.energy.check(chain, self.how.settler)
 
     @property
     def _option(self) -> str:
@@ -380,7 +386,8 @@ class EPOptimizer(Saved):
         if feedback == TRANSPOSE:
             return None
         states = {id(p): self.state[p] for p in self._parameters()}
-        return feedback_weights(chain_of(model, self.how.gradient_method), states, feedback)
+        chain = chain_of(model, self.how.gradient_method, self.how.energy)
+        return feedback_weights(chain, states, feedback)
 
     def _observe(self, free: FreePhase) -> bool:
         return self._updating.observe(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mep.constraints import Constraint
 from mep.continual import Penalty
 from mep.continual.penalty import memory_of
+from mep.energies import Energy, PredictionError
 from mep.optim.gradients import Gradients
 from mep.updates import SGD, Gradient, Role, Rule
 
@@ -58,6 +59,19 @@ class Updating:
         parts = self.rule.parts()
         self._alone = parts == [self.rule]
         self.observes = any(part.observes for part in parts)
+
+    def check_energy(self, energy: Energy) -> None:
+        """Refuses a rule that observes signals which the energy does not have.
+
+        Raises:
+            ValueError: naming the rules.
+        """
+        if self.observes and not isinstance(energy, PredictionError):
+            names = ", ".join(type(p).__name__ for p in self.rule.parts() if p.observes)
+            raise ValueError(
+                f"{names} reads curvature off the backward sweep of mep.PredictionError(), which "
+                f"{energy} does not have: use another rule"
+            )
 
     def check_model(self, model: nn.Module | None) -> None:
         """Refuses a rule that observes what only a model can give.

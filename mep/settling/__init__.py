@@ -1,17 +1,41 @@
 """The one settling loop and its small solvers. Sees a problem, never blocks or energies."""
 
-from mep.settling.loop import TRANSPOSE, Iterate, Messages, Problem, Solver, settle, verdict
+from mep.settling.loop import (
+    TRANSPOSE,
+    Iterate,
+    Messages,
+    Problem,
+    Solver,
+    settle,
+    verdict,
+)
 from mep.settling.result import CONVERGED, DIVERGED, LIMIT, NOT_SETTLED, Measured, Residual, Settled
-from mep.settling.solvers import KOLEN_POLLACK, Anderson, GradientDescent, Limit, Sweep
+from mep.settling.solvers import (
+    ALTERNATING,
+    BACKWARD,
+    FORWARD,
+    KOLEN_POLLACK,
+    SYNCHRONOUS,
+    Anderson,
+    FixedPoint,
+    GradientDescent,
+    Limit,
+    Sweep,
+)
 
 __all__ = [
+    "ALTERNATING",
+    "BACKWARD",
     "CONVERGED",
     "DIVERGED",
+    "FORWARD",
     "KOLEN_POLLACK",
     "LIMIT",
     "NOT_SETTLED",
+    "SYNCHRONOUS",
     "TRANSPOSE",
     "Anderson",
+    "FixedPoint",
     "GradientDescent",
     "Iterate",
     "Limit",

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from mep.settling.result import CONVERGED, DIVERGED, NOT_SETTLED, Residual, Settled
 
-__all__ = ["TRANSPOSE", "Iterate", "Messages", "Problem", "Solver", "settle", "verdict"]
+__all__ = [
+    "TRANSPOSE",
+    "Iterate",
+    "Messages",
+    "Problem",
+    "Relaxing",
+    "Solver",
+    "Sweeping",
+    "settle",
+    "verdict",
+]
 
 # Errors descend by the transposes of the weights themselves.
 TRANSPOSE = "transpose"
@@ -40,28 +50,23 @@ class Messages:
 
 
 class Problem(Protocol):
-    """What a solver may ask.
+    """What any solver may ask. A configuration is the problem's own.
 
-    A configuration is the problem's own; a solver may read its ``displacements`` ``d_1 ... d_L``
-    from the free equilibrium and its ``errors``. Forces and errors are per unit of beta.
+    Attributes:
+        unit: what forces are told in: beta where they are per unit of it, 1 where they are not.
     """
 
-    beta: float
+    @property
+    def unit(self) -> float:
+        """See above."""
+        ...
 
     def start(self) -> Any:
-        """Returns the free equilibrium."""
+        """Returns the configuration to start from."""
         ...
 
     def start_residual(self) -> Residual:
-        """Returns the residual of the free equilibrium under the nudge."""
-        ...
-
-    def limit(self) -> Any:
-        """Returns the free equilibrium with the errors of one backward sweep."""
-        ...
-
-    def displace(self, displacements: list[Tensor]) -> Any:
-        """Returns the configuration with given displacements."""
+        """Returns its residual."""
         ...
 
     def forces(self, at: Any) -> tuple[list[Tensor], Residual]:
@@ -70,6 +75,34 @@ class Problem(Protocol):
 
     def residual(self, at: Any) -> Residual:
         """Returns the residual alone."""
+        ...
+
+    def move(self, at: Any, steps: list[Tensor]) -> Any:
+        """Returns the configuration with every state moved by a step."""
+        ...
+
+    def first(self) -> Any:
+        """Returns the first configuration of a fixed-point iteration."""
+        ...
+
+    def unknowns(self, at: Any) -> list[Tensor]:
+        """Returns what a fixed-point iteration improves: errors, or states."""
+        ...
+
+    def improved(self, at: Any) -> list[Tensor]:
+        """Returns what one round of it makes of them."""
+        ...
+
+    def place(self, unknowns: list[Tensor]) -> Any:
+        """Returns the configuration that has given unknowns."""
+        ...
+
+
+class Sweeping(Problem, Protocol):
+    """A problem around a free equilibrium that is known, in error coordinates."""
+
+    def limit(self) -> Any:
+        """Returns the free equilibrium with the errors of one backward sweep."""
         ...
 
     def sweep(self, at: Any | None) -> Any:
@@ -82,6 +115,14 @@ class Problem(Protocol):
 
     def forward(self, messages: Messages) -> Any:
         """The forward sweep alone: the configuration that has the given errors."""
+        ...
+
+
+class Relaxing(Problem, Protocol):
+    """A problem whose every state has a closed form, given the others."""
+
+    def relax(self, at: Any, order: str) -> Any:
+        """Lets the states come to rest in an order; changes and returns the configuration."""
         ...
 
 

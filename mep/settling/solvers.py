@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.settling.loop import TRANSPOSE, Iterate, Messages, Problem, Solver
+from mep.settling.loop import TRANSPOSE, Iterate, Problem, Relaxing, Solver, Sweeping
 from mep.settling.result import LIMIT
 
-__all__ = ["Anderson", "GradientDescent", "Limit", "Sweep"]
+__all__ = ["Anderson", "FixedPoint", "GradientDescent", "Limit", "Sweep"]
 
-
+ALTERNATING, SYNCHRONOUS, FORWARD, BACKWARD = "alternating", "synchronous", "forward", "backward"
+ORDERS = (ALTERNATING, SYNCHRONOUS, FORWARD, BACKWARD)
 RANDOM, KOLEN_POLLACK = "random", "kolen-pollack"
 FEEDBACKS = (TRANSPOSE, RANDOM, KOLEN_POLLACK)
 
@@ -67,13 +68,13 @@ class GradientDescent(Solver):
         at = iterate.configuration
         # The forces behind the last residual are those of this step.
         forces, velocity = iterate.memory or (problem.forces(at)[0], None)
-        rate = self.lr * problem.beta
+        rate = self.lr * problem.unit
         if velocity is None:
             velocity = [-rate * f for f in forces]
         else:
             for u, f in zip(velocity, forces, strict=True):
                 u.mul_(self.momentum).sub_(f, alpha=rate)
-        moved = problem.displace([d + u for d, u in zip(at.displacements, velocity, strict=True)])
+        moved = problem.move(at, velocity)
         forces, residual = problem.forces(moved)
         return Iterate(moved, residual, (forces, velocity))
 
@@ -129,16 +130,59 @@ class Sweep(Solver):
     def start(self, problem: Problem) -> Iterate:
         return Iterate(None, None)
 
-    def step(self, problem: Problem, iterate: Iterate) -> Iterate:
+    def step(self, problem: Sweeping, iterate: Iterate) -> Iterate:
         at = problem.sweep(iterate.configuration)
         return Iterate(at, problem.residual(at))
 
 
 @dataclass(frozen=True)
-class Anderson(Solver):
-    """Sweeps accelerated by Anderson mixing of the last errors, each sample on its own.
+class FixedPoint(Solver):
+    """Every unit comes to rest under the current of the others, round after round.
 
-    With ``g(e)`` the errors that a sweep makes of ``e`` and ``r = g(e) - e``, the next errors are
+    ``s_i <- rest(I_i(s))``, for coupled nets. Units of one group relax at once, groups one after
+    the other, each under what the groups before it have become.
+
+    Args:
+        max_steps: at most this many rounds, >= 1.
+        tol: median residual at which to stop, or None to take all rounds.
+        order: ``"alternating"`` (every second layer, then the others), ``"synchronous"`` (all at
+            once), ``"forward"`` or ``"backward"`` (layer by layer, from below or from above).
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    >>> FixedPoint(max_steps=20, tol=1e-3)
+    FixedPoint(max_steps=20, tol=0.001, order='alternating')
+
+    Source: Scellier & Bengio 2017, sec. 2.3; asynchronous orders: Scellier et al. 2023, sec. 3.
+    """
+
+    max_steps: int = 50
+    tol: float | None = 1e-2
+    order: str = ALTERNATING
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            max_steps=_count(self.max_steps),
+            tol=_tolerance(self.tol),
+            order=(self.order in ORDERS, f"one of {ORDERS}"),
+        )
+
+    def start(self, problem: Problem) -> Iterate:
+        return Iterate(problem.start(), problem.start_residual())
+
+    def step(self, problem: Relaxing, iterate: Iterate) -> Iterate:
+        at = problem.relax(iterate.configuration, self.order)
+        return Iterate(at, problem.residual(at))
+
+
+@dataclass(frozen=True)
+class Anderson(Solver):
+    """A fixed-point iteration accelerated by Anderson mixing, each sample on its own.
+
+    What is mixed is what the iteration improves: the errors of sweeps, or the states of a coupled
+    net. With ``g(e)`` what a round makes of ``e`` and ``r = g(e) - e``, the next are
     ``sum_k alpha_k (e_k + damping r_k)`` with the ``alpha`` (sum 1) that minimise
     ``||sum_k alpha_k r_k||``.
 
@@ -177,11 +221,12 @@ class Anderson(Solver):
     def step(self, problem: Problem, iterate: Iterate) -> Iterate:
         at = iterate.configuration
         if at is None:
-            at = problem.sweep(None)
+            at = problem.first()
             return Iterate(at, problem.residual(at), [])
-        wanted = problem.backward(at).errors
-        past = [*iterate.memory, (_flatten(at.errors), _flatten(wanted))][-self.memory :]
-        at = problem.forward(Messages(_unflatten(self._mix(past), wanted), None))
+        wanted = problem.improved(at)
+        past = [*iterate.memory, (_flatten(problem.unknowns(at)), _flatten(wanted))]
+        past = past[-self.memory :]
+        at = problem.place(_unflatten(self._mix(past), wanted))
         return Iterate(at, problem.residual(at), past)
 
     def _mix(self, past: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -192,7 +237,7 @@ class Anderson(Solver):
         scaled = rests / torch.where(size > 0, size, torch.ones_like(size))
         if scaled.dtype == torch.bfloat16:
             scaled = scaled.float()  # bfloat16 has no linear solver, nor the digits for one
-        gram = scaled @ scaled.mT
+        gram = scaled @ scaled.mH
         gram += 10 * torch.finfo(gram.dtype).eps * torch.eye(len(past)).to(gram)
         ones = torch.ones_like(gram[:, :, :1])
         alpha = torch.linalg.solve_ex(gram, ones)[0]
@@ -216,7 +261,7 @@ class Limit(Solver):
     tol = None
     final_status = LIMIT
 
-    def start(self, problem: Problem) -> Iterate:
+    def start(self, problem: Sweeping) -> Iterate:
         """Returns the free states with the errors of one backward sweep."""
         return Iterate(problem.limit(), problem.start_residual())
 

@@ -1,0 +1,17 @@
+"""Model -> Couplings: units with states, and symmetric interactions between their activities."""
+
+from mep.couplings.net import Coupled, Couplings, Interaction, block_of, couplings_of
+from mep.couplings.units import CONJUGATE, SQUARE, Linear, Unit, unit_of
+
+__all__ = [
+    "CONJUGATE",
+    "SQUARE",
+    "Coupled",
+    "Couplings",
+    "Interaction",
+    "Linear",
+    "Unit",
+    "block_of",
+    "couplings_of",
+    "unit_of",
+]

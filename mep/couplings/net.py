@@ -1,0 +1,240 @@
+"""Couplings: a net of units with symmetric interactions, and how a chain is read as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from mep.blocks import Chain, ClosedBlock, TraceError
+from mep.blocks.layers import layer_of
+from mep.blocks.operations import MaxPool2d, operation_of
+from mep.couplings.units import POTENTIALS, SQUARE, Linear, Unit, unit_of
+from mep.curvature import Signal
+
+__all__ = ["Coupled", "Couplings", "Interaction", "block_of", "couplings_of"]
+
+
+class Seen(NamedTuple):
+    """What an interaction keeps of one activity: its block's point, of both parts if complex."""
+
+    real: Any
+    imag: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Interaction:
+    """``-factor <rho(s_target), W g(rho(s_source)) + b>``, with ``g`` of pooling and reshaping.
+
+    Args:
+        source: number of the state below; 0 is the input.
+        target: number of the state above, from 1. Its own source for a lateral interaction, whose
+            factor is 1/2: of its weight only the symmetric part acts.
+        block: ``g`` and the weighted layer.
+        factor: see above.
+    """
+
+    source: int
+    target: int
+    block: ClosedBlock
+    factor: float = 1.0
+
+    def push(self, a: Tensor) -> tuple[Tensor, Seen]:
+        """Returns the current ``W g(a) + b`` into the target, and what was seen of ``a``."""
+        if not a.is_complex():
+            current, point = self.block.predict(a)
+            return current, Seen(point)
+        real, point = self.block.predict(a.real.contiguous())
+        # The imaginary part takes the linear map alone, without the bias.
+        origin = self.block.predict(torch.zeros_like(a.real))[1]
+        imag, turned = self.block.difference(origin, a.imag.contiguous())
+        return torch.complex(real, imag), Seen(point, turned)
+
+    def pull(self, seen: Seen, a: Tensor) -> Tensor:
+        """Returns the current ``g^T W^T a`` into the source, of the target's activity."""
+        if not a.is_complex():
+            return self._pull(seen.real, a)
+        parts = (self._pull(seen.real, part.contiguous()) for part in (a.real, a.imag))
+        return torch.complex(*parts)
+
+    def _pull(self, point: Any, a: Tensor) -> Tensor:
+        return self.block.pull(point, self.block.product(point, a))
+
+    def signals(self, seen: Seen, error: Tensor, scale: float) -> Iterator[Signal]:
+        """Yields the signals of ``scale Re(dF/dtheta)``, summed over the batch.
+
+        Args:
+            seen: of the source's activity.
+            error: the target's activity, times any factor.
+            scale: factor on the gradient.
+        """
+        factor = -self.factor * scale
+        yield from self.block.signals(seen.real, _real(error), factor)
+        if seen.imag is not None and error.is_complex():
+            assert self.block.layer is not None
+            for signal in self.block.signals(seen.imag, error.imag.contiguous(), -factor):
+                if signal.parameter is not self.block.layer.bias:  # its activity is 1, and real
+                    yield signal
+
+
+def _real(t: Tensor) -> Tensor:
+    return t.real.contiguous() if t.is_complex() else t
+
+
+class Couplings:
+    """States ``s_1 ... s_n`` of units, their interactions, and a read-out beside them.
+
+    Attributes:
+        advised: whether its user has been told that it does not settle.
+
+    Args:
+        units: one per state.
+        interactions: between states, and from the input.
+        readout: makes the output of the last activity; None if the last state is the output. Its
+            factor is -1, for a cost is added to the energy.
+
+        by_autograd: whether contrasts are differences of energies, differentiated (the reference).
+
+    Raises:
+        ValueError: if a state has no interaction from below.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        interactions: Sequence[Interaction],
+        readout: Interaction | None = None,
+        *,
+        by_autograd: bool = False,
+    ) -> None:
+        self.units = list(units)
+        self.interactions = list(interactions)
+        self.readout = readout
+        self.by_autograd = by_autograd
+        self.advised = False
+        states = range(1, len(units) + 1)
+        self.into = [[k for k, c in enumerate(interactions) if c.target == i] for i in states]
+        self.out_of = [[k for k, c in enumerate(interactions) if c.source == i] for i in states]
+        for i, into in zip(states, self.into, strict=True):
+            if not any(interactions[k].source < i for k in into):
+                raise ValueError(f"state {i} has no interaction from below: where should it start?")
+
+    @property
+    def blocks(self) -> list[ClosedBlock]:
+        """The blocks of all interactions, and of the read-out."""
+        last = [] if self.readout is None else [self.readout]
+        return [c.block for c in self.interactions + last]
+
+    @property
+    def parameter(self) -> Tensor:
+        """A parameter: what it says of dtype and device holds for all."""
+        return next(self.parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields every parameter once."""
+        seen: set[int] = set()
+        for block in self.blocks:
+            for parameter in block.parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+    @property
+    def analytic(self) -> bool:
+        """Whether states may be complex."""
+        pools = any(isinstance(op, MaxPool2d) for b in self.blocks for op in b.operations)
+        return all(unit.analytic for unit in self.units) and not pools
+
+
+@runtime_checkable
+class Coupled(Protocol):
+    """A model that says of itself what its states and interactions are."""
+
+    def couplings(self) -> Couplings:
+        """Returns them, sharing the model's parameters."""
+        ...
+
+
+def block_of(name: str, *modules: nn.Module) -> ClosedBlock:
+    """Returns the block of some pooling and reshaping modules and then a weighted layer.
+
+    Args:
+        name: for messages.
+        modules: in the order in which they are applied.
+
+    Raises:
+        mep.TraceError: if one of them has no closed form.
+
+    >>> block_of("recurrent", nn.Linear(4, 4)).describe()
+    'Linear(4, 4)'
+    """
+    layer = layer_of(modules[-1])
+    operations = [operation_of(module) for module in modules[:-1]]
+    if layer is None or None in operations:
+        raise TraceError(f"`{name}` has no closed form: {modules}")
+    return ClosedBlock(name, [*modules], [op for op in operations if op is not None], layer)
+
+
+def couplings_of(chain: Chain, *, potential: str = SQUARE, readout: bool = False) -> Couplings:
+    """Reads a chain as a net of symmetric couplings.
+
+    Every weighted layer couples two states, and its transpose carries activities back. The
+    activation that follows a layer is that of its units; pooling and reshaping between an activity
+    and the next layer belong to the interaction.
+
+    Args:
+        chain: of closed-form blocks: Linear and Conv2d, each but the first behind a bounded
+            activation.
+        potential: ``"square"`` or ``"conjugate"``, the units' own energy.
+        readout: whether the last layer is no part of the equilibrium: its output is then a plain
+            function of the last activity. Otherwise the output is a state like the others, whose
+            activity is itself.
+
+    Raises:
+        ValueError: if ``potential`` is unknown.
+        mep.TraceError: if the chain does not fit, naming every reason.
+
+    >>> from mep.blocks import trace
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> found = couplings_of(trace(net))
+    >>> len(found.units), [(c.source, c.target) for c in found.interactions]
+    (2, [(0, 1), (1, 2)])
+
+    Source: Scellier & Bengio 2017, sec. 3; with pooling: Ernoult et al. 2019; with a read-out:
+    Laborieux et al. 2021.
+    """
+    if potential not in POTENTIALS:
+        raise ValueError(f"`potential` must be one of {POTENTIALS}, got {potential!r}")
+    reasons: list[str] = []
+    blocks, units = [], []
+    for number, block in enumerate(chain.blocks):
+        if not isinstance(block, ClosedBlock) or block.layer is None:
+            reasons.append(f"`{block.name}` ({block.describe()}) is no Linear or Conv2d layer")
+            continue
+        if number == 0:
+            blocks.append(block)
+            continue
+        unit = unit_of(block.modules[0], potential)
+        if unit is None:
+            reasons.append(
+                f"`{block.name}` ({block.describe()}) does not begin with a bounded activation: "
+                "nn.Hardtanh(0, 1), nn.Tanh() or nn.Sigmoid()"
+            )
+            continue
+        units.append(unit)
+        blocks.append(ClosedBlock(block.name, block.modules[1:], block.operations[1:], block.layer))
+    if readout and len(chain) < 2:
+        reasons.append("a read-out needs a layer of states below it")
+    if reasons:
+        raise TraceError(
+            "the model cannot be read as a net of symmetric couplings:\n"
+            + "\n".join(f"  - {reason}" for reason in reasons)
+        )
+    interactions = [Interaction(k, k + 1, block) for k, block in enumerate(blocks)]
+    if not readout:
+        return Couplings([*units, Linear()], interactions)
+    last = interactions.pop()
+    return Couplings(units, interactions, replace(last, factor=-1.0))

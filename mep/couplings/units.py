@@ -1,0 +1,214 @@
+"""Units: what one state of a coupled net is on its own, without its neighbours.
+
+A unit has a state ``s``, an activity ``rho(s)``, an energy of its own, and gets a current ``I``
+from the others: ``E = own(s) - rho(s) I`` as far as it can see. Two energies of one's own:
+
+``square``: ``1/2 s^2``, so that ``dE/ds = s - rho'(s) I``. A ramp comes to rest at the current,
+clipped to its box.
+``conjugate``: ``s rho(s) - int_0^s rho``, so that ``dE/ds = rho'(s) (s - I)``. Any unit comes to
+rest at ``s = I``, with the activity ``rho(I)``. As a function of the activity ``a`` this is the
+integral of ``rho^-1`` from 0 to ``a`` (``artanh`` for tanh).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CONJUGATE", "POTENTIALS", "SQUARE", "Linear", "Ramp", "Smooth", "Unit", "unit_of"]
+
+SQUARE, CONJUGATE = "square", "conjugate"
+POTENTIALS = (SQUARE, CONJUGATE)
+
+
+class Unit(ABC):
+    """One kind of unit, elementwise.
+
+    Attributes:
+        analytic: whether everything here takes complex states.
+        has_rest: whether ``rest`` has a closed form.
+    """
+
+    analytic: ClassVar[bool] = False
+    has_rest: bool = True
+
+    @abstractmethod
+    def activity(self, s: Tensor) -> Tensor:
+        """Returns ``rho(s)``."""
+
+    @abstractmethod
+    def slope(self, s: Tensor) -> Tensor:
+        """Returns ``rho'(s)``."""
+
+    @abstractmethod
+    def own(self, s: Tensor) -> Tensor:
+        """Returns the unit's own energy; real states only."""
+
+    @abstractmethod
+    def force(self, s: Tensor, current: Tensor) -> Tensor:
+        """Returns ``dE/ds``."""
+
+    @abstractmethod
+    def rest(self, current: Tensor) -> Tensor:
+        """Returns the state of lowest energy under a current."""
+
+    def imbalance(self, s: Tensor, current: Tensor) -> Tensor:
+        """Returns the force that is left, 0 at rest: the least one where a kink allows several."""
+        return self.force(s, current)
+
+    def kept(self, s: Tensor) -> Tensor:
+        """Returns a state moved back to where it may be."""
+        return s
+
+
+class Linear(Unit):
+    """``rho(s) = s``: an output that takes any value. Both potentials are ``1/2 s^2``.
+
+    >>> Linear().force(torch.tensor([3.0]), torch.tensor([1.0]))
+    tensor([2.])
+    """
+
+    analytic = True
+
+    def activity(self, s: Tensor) -> Tensor:
+        return s
+
+    def slope(self, s: Tensor) -> Tensor:
+        return torch.ones_like(s)
+
+    def own(self, s: Tensor) -> Tensor:
+        return 0.5 * s.square()
+
+    def force(self, s: Tensor, current: Tensor) -> Tensor:
+        return s - current
+
+    def rest(self, current: Tensor) -> Tensor:
+        return current
+
+
+@dataclass(frozen=True)
+class Ramp(Unit):
+    """``rho(s) = clip(s, low, high)`` with ``low <= 0 <= high``.
+
+    Args:
+        low, high: the kinks.
+        potential: ``"square"`` or ``"conjugate"``.
+
+    >>> unit = Ramp(0.0, 1.0, "square")
+    >>> unit.rest(torch.tensor([-1.0, 0.5, 2.0]))
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+
+    low: float
+    high: float
+    potential: str
+
+    def activity(self, s: Tensor) -> Tensor:
+        # A square unit never leaves its box once it has been at rest; the clip costs little.
+        return s.clamp(self.low, self.high)
+
+    def slope(self, s: Tensor) -> Tensor:
+        return ((s > self.low) & (s < self.high)).to(s.dtype)
+
+    def own(self, s: Tensor) -> Tensor:
+        if self.potential == SQUARE:
+            return 0.5 * s.square()
+        a = self.activity(s)
+        # s a - int_0^s rho is a^2 / 2 inside the box, and stays at its rim's value outside.
+        return 0.5 * a.square()
+
+    def force(self, s: Tensor, current: Tensor) -> Tensor:
+        if self.potential == SQUARE:
+            return s - self.slope(s) * current
+        return self.slope(s) * (s - current)
+
+    def rest(self, current: Tensor) -> Tensor:
+        # A conjugate unit has no force outside its box: it may as well stay at the rim.
+        return current.clamp(self.low, self.high)
+
+    def imbalance(self, s: Tensor, current: Tensor) -> Tensor:
+        return s - self.rest(current)
+
+    def kept(self, s: Tensor) -> Tensor:
+        return s.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Smooth(Unit):
+    """A bounded analytic activation.
+
+    Args:
+        name: of the activation.
+        value: ``rho``.
+        derivative: ``rho(s) -> rho'(s)``.
+        integral: ``s -> int_0^s rho``, for real states.
+        potential: ``"square"`` or ``"conjugate"``.
+    """
+
+    name: str
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    integral: Callable[[Tensor], Tensor]
+    potential: str
+
+    analytic = True
+
+    @property
+    def has_rest(self) -> bool:  # type: ignore[override]
+        """A square unit's rest solves ``s = rho'(s) I``, which has no closed form."""
+        return self.potential == CONJUGATE
+
+    def activity(self, s: Tensor) -> Tensor:
+        return self.value(s)
+
+    def slope(self, s: Tensor) -> Tensor:
+        return self.derivative(self.value(s))
+
+    def own(self, s: Tensor) -> Tensor:
+        if self.potential == SQUARE:
+            return 0.5 * s.square()
+        return s * self.value(s) - self.integral(s)
+
+    def force(self, s: Tensor, current: Tensor) -> Tensor:
+        if self.potential == SQUARE:
+            return s - self.slope(s) * current
+        return self.slope(s) * (s - current)
+
+    def rest(self, current: Tensor) -> Tensor:
+        return current
+
+
+def _log_cosh(s: Tensor) -> Tensor:
+    """``int_0^s tanh``, without overflow."""
+    return s.abs() + torch.log1p(torch.exp(-2 * s.abs())) - math.log(2)
+
+
+def _sigmoid_integral(s: Tensor) -> Tensor:
+    return torch.logaddexp(s, torch.zeros_like(s)) - math.log(2)
+
+
+def unit_of(module: nn.Module, potential: str) -> Unit | None:
+    """Returns the unit that has an activation, or None if it is not bounded or not known.
+
+    Args:
+        module: ``nn.Tanh``, ``nn.Sigmoid``, or ``nn.Hardtanh`` with 0 in its box.
+        potential: ``"square"`` or ``"conjugate"``.
+
+    >>> unit_of(nn.Hardtanh(0, 1), "square")
+    Ramp(low=0.0, high=1.0, potential='square')
+    >>> unit_of(nn.ReLU(), "square") is None
+    True
+    """
+    if type(module) is nn.Hardtanh and module.min_val <= 0 <= module.max_val:
+        return Ramp(float(module.min_val), float(module.max_val), potential)
+    if type(module) is nn.Tanh:
+        return Smooth("tanh", torch.tanh, lambda y: 1 - y * y, _log_cosh, potential)
+    if type(module) is nn.Sigmoid:
+        return Smooth("sigmoid", torch.sigmoid, lambda y: y * (1 - y), _sigmoid_integral, potential)
+    return None

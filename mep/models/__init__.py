@@ -1,0 +1,16 @@
+"""Reference architectures: feedforward chains, and nets whose output is an equilibrium."""
+
+from mep.models.equilibrium import EquilibriumNet, LoopedMLP, hopfield_cnn, hopfield_mlp
+from mep.models.feedforward import Residual, cnn, deep_cnn, deep_mlp, mlp
+
+__all__ = [
+    "EquilibriumNet",
+    "LoopedMLP",
+    "Residual",
+    "cnn",
+    "deep_cnn",
+    "deep_mlp",
+    "hopfield_cnn",
+    "hopfield_mlp",
+    "mlp",
+]

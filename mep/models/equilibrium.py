@@ -1,0 +1,217 @@
+"""Nets whose output is an equilibrium of symmetric couplings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mep.blocks import trace
+from mep.couplings import CONJUGATE, SQUARE, Couplings, Interaction, block_of, couplings_of, unit_of
+from mep.energies import differentiable_states, settled_states
+from mep.models.feedforward import mlp
+from mep.settling import FixedPoint
+
+__all__ = ["EquilibriumNet", "LoopedMLP", "hopfield_cnn", "hopfield_mlp"]
+
+Backward = Literal["recurrent", "through time"]
+
+
+class EquilibriumNet(nn.Module):
+    """A net of symmetric couplings, read off a plain one: its output is what it settles to.
+
+    Every weight of ``net`` couples two layers, its transpose carries activities back. ``forward``
+    settles the free phase. It can be differentiated (the rival of Equilibrium Propagation, and its
+    check): by recurrent backprop, which solves a second, linear equilibrium and keeps one round, or
+    through time, which keeps them all.
+
+    Args:
+        net: Linear and Conv2d layers with bounded activations between them, and pooling.
+        potential: the units' own energy, ``"square"`` or ``"conjugate"``.
+        readout: whether the last layer is a plain function of the last activity, outside the
+            equilibrium, as cross-entropy likes it.
+        settler: of ``forward``; residuals are there relative to the states.
+        backward: ``"recurrent"`` or ``"through time"``.
+
+    Raises:
+        ValueError: if an option is unknown.
+        mep.TraceError: if ``net`` cannot be read so.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Hardtanh(0, 1), nn.Linear(8, 2))
+    >>> EquilibriumNet(net)(torch.zeros(3, 4)).shape
+    torch.Size([3, 2])
+
+    Source: Scellier & Bengio 2017; Almeida 1987 and Pineda 1987 (recurrent backprop).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        potential: str = SQUARE,
+        readout: bool = False,
+        settler: FixedPoint | None = None,
+        backward: Backward = "recurrent",
+    ) -> None:
+        super().__init__()
+        if backward not in ("recurrent", "through time"):
+            raise ValueError(f"`backward` must be 'recurrent' or 'through time', got {backward!r}")
+        self.net = net
+        self.potential = potential
+        self.readout = readout
+        self.settler = settler or FixedPoint(max_steps=100, tol=1e-4)
+        self.backward = backward
+        self.couplings()  # refuse an unreadable net at once
+
+    def couplings(self) -> Couplings:
+        """Returns states and interactions, sharing the parameters."""
+        return couplings_of(trace(self.net), potential=self.potential, readout=self.readout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Settles; returns the output, ``(B, *out)``."""
+        net = self.couplings()
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return differentiable_states(net, x, self.settler, self.backward).output
+        return settled_states(net, x, self.settler).configuration.output
+
+
+class LoopedMLP(EquilibriumNet):
+    """The recurrent equilibrium net ``h = tanh(W_x x + b_x + S h + b_h / 2)``, with a read-out.
+
+    ``S`` is the symmetric part of the recurrent weight, so that ``h`` is a minimum of ``E(h) =
+    sum_i int_0^{h_i} artanh - 1/2 h^T S h - h^T (W_x x + b_x + b_h / 2)``, the only one if the
+    norm of ``S`` is below 1: ``mep.SpectralNorm(0.9)`` keeps it there.
+
+    Args:
+        in_features: size of the flattened input.
+        hidden: number of recurrent units.
+        out_features: number of outputs.
+        settler: of ``forward``.
+        backward: ``"recurrent"`` or ``"through time"``.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    >>> LoopedMLP(64, 32, 10)(torch.zeros(3, 8, 8)).shape
+    torch.Size([3, 10])
+
+    Source: Bai, Kolter & Koltun 2019 (equilibrium nets); Hopfield 1984 (the energy).
+    """
+
+    def __init__(
+        self,
+        in_features: int = 784,
+        hidden: int = 256,
+        out_features: int = 10,
+        *,
+        settler: FixedPoint | None = None,
+        backward: Backward = "recurrent",
+    ) -> None:
+        if min(in_features, hidden, out_features) < 1:
+            raise ValueError(f"sizes must be >= 1, got {in_features}, {hidden} and {out_features}")
+        recurrent = nn.Linear(hidden, hidden)
+        with torch.no_grad():
+            recurrent.weight.copy_((recurrent.weight + recurrent.weight.T) / 2)
+        looped = nn.ModuleDict(
+            {
+                "flatten": nn.Flatten(),
+                "input": nn.Linear(in_features, hidden),
+                "recurrent": recurrent,
+                "activation": nn.Tanh(),
+                "output": nn.Linear(hidden, out_features),
+            }
+        )
+        super().__init__(
+            looped, potential=CONJUGATE, readout=True, settler=settler, backward=backward
+        )
+
+    def couplings(self) -> Couplings:
+        """Returns states and interactions, sharing the parameters."""
+        part = self.net
+        assert isinstance(part, nn.ModuleDict)
+        unit = unit_of(part["activation"], self.potential)
+        assert unit is not None
+        return Couplings(
+            [unit],
+            [
+                Interaction(0, 1, block_of("net.input", part["flatten"], part["input"])),
+                Interaction(1, 1, block_of("net.recurrent", part["recurrent"]), factor=0.5),
+            ],
+            Interaction(1, 2, block_of("net.output", part["output"]), factor=-1.0),
+        )
+
+
+def hopfield_mlp(
+    in_features: int = 784,
+    hidden: Sequence[int] = (512, 512),
+    out_features: int = 10,
+    activation: Callable[[], nn.Module] = lambda: nn.Hardtanh(0, 1),
+    *,
+    potential: str = SQUARE,
+    readout: bool = False,
+) -> EquilibriumNet:
+    """Returns a fully connected layered Hopfield net.
+
+    Args:
+        in_features: size of the flattened input.
+        hidden: width of every hidden layer.
+        out_features: number of outputs.
+        activation: makes the units of a hidden layer.
+        potential: their own energy.
+        readout: see ``EquilibriumNet``.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    >>> hopfield_mlp(4, (8,), 2)(torch.zeros(3, 2, 2)).shape
+    torch.Size([3, 2])
+
+    Source: Scellier & Bengio 2017, sec. 5.
+    """
+    net = mlp(in_features, hidden, out_features, activation)
+    return EquilibriumNet(net, potential=potential, readout=readout)
+
+
+def hopfield_cnn(
+    in_channels: int = 1,
+    size: int = 28,
+    out_features: int = 10,
+    channels: Sequence[int] = (32, 64),
+    *,
+    pool: Literal["average", "max"] = "average",
+    potential: str = SQUARE,
+    readout: bool = False,
+) -> EquilibriumNet:
+    """Returns a convolutional layered Hopfield net: pooled 5x5 convolutions, one output layer.
+
+    Args:
+        in_channels: channels of the image.
+        size: height and width.
+        out_features: number of outputs.
+        channels: of every convolution.
+        pool: how 2x2 neighbourhoods are pooled on their way up.
+        potential: the units' own energy.
+        readout: see ``EquilibriumNet``.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    >>> hopfield_cnn(1, 8, 10, (4, 8))(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+
+    Source: Ernoult et al. 2019, sec. 4; Laborieux et al. 2021, table 2.
+    """
+    if min(in_channels, size, out_features, *channels) < 1:
+        raise ValueError(f"sizes must be >= 1, got {[in_channels, size, out_features, *channels]}")
+    pooling = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
+    if pool not in pooling:
+        raise ValueError(f"`pool` must be 'average' or 'max', got {pool!r}")
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise([in_channels, *channels]):
+        layers += [nn.Conv2d(n_in, n_out, 5, padding=2), nn.Hardtanh(0, 1), pooling[pool](2)]
+        size //= 2
+    layers += [nn.Flatten(), nn.Linear(channels[-1] * size * size, out_features)]
+    return EquilibriumNet(nn.Sequential(*layers), potential=potential, readout=readout)

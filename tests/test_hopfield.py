@@ -1,0 +1,543 @@
+"""Symmetric couplings: forces, contrasts, solvers and estimators against autograd and algebra."""
+
+import copy
+import itertools
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from problems import EXACT
+from torch import nn
+
+import mep
+from mep.couplings import couplings_of
+from mep.energies import Relaxation, States, contraction, cost_of, settled_states
+from mep.models import EquilibriumNet, LoopedMLP, hopfield_cnn, hopfield_mlp
+
+# All samples settled to the last digit, not just half of them below a tolerance: a round takes off
+# a quarter at least, so that 0.75^150 < 1e-18 of the first residual is left.
+DEEP = mep.FixedPoint(max_steps=150, tol=None)
+
+
+def clip():
+    return nn.Hardtanh(-0.5, 1)
+
+
+def conv(pool, activation=nn.Tanh, **options):
+    return EquilibriumNet(
+        nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), activation(), pool, nn.Conv2d(3, 4, 3, stride=2),
+            activation(), nn.Flatten(), nn.Linear(4, 3),
+        ),
+        **options,
+    )  # fmt: skip
+
+
+def dense(activation, **options):
+    return hopfield_mlp(32, (7, 6), 3, activation, **options)
+
+
+# Name: how it is made, and the cost. Inputs are (B, 2, 4, 4); two hidden layers or one that loops.
+NETS = {
+    "clipped": (lambda: dense(clip), "mse"),
+    "clipped, conjugate": (lambda: dense(clip, potential="conjugate"), "mse"),
+    "clipped, read out": (lambda: dense(clip, readout=True), "cross_entropy"),
+    "tanh": (lambda: dense(nn.Tanh, potential="conjugate"), "mse"),
+    "tanh, square": (lambda: dense(nn.Tanh), "mse"),
+    "sigmoid, cross-entropy": (lambda: dense(nn.Sigmoid, potential="conjugate"), "cross_entropy"),
+    "sigmoid, square": (lambda: dense(nn.Sigmoid, readout=True), "cross_entropy"),
+    "tanh, read out": (
+        lambda: dense(nn.Tanh, potential="conjugate", readout=True),
+        "cross_entropy",
+    ),
+    "looped": (lambda: LoopedMLP(32, 6, 3), "cross_entropy"),
+    "conv, average": (
+        lambda: conv(nn.AvgPool2d(2, 1), potential="conjugate"),
+        "mse",
+    ),
+    "conv, max": (lambda: conv(nn.MaxPool2d(2, 1), clip, readout=True), "cross_entropy"),
+}
+SMOOTH = [name for name in NETS if "clipped" not in name and "max" not in name]
+AT_REST = [name for name in SMOOTH if "square" not in name]
+
+
+def net_of(name, scale=0.7):
+    torch.manual_seed(3)
+    model = NETS[name][0]().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)  # so that every net contracts
+    model.settler = DEEP
+    return model
+
+
+def batch(samples=4):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, 2, 4, 4, generator=generator, dtype=torch.float64)
+    return x, torch.arange(samples) % 3
+
+
+def random_states(model, x):
+    generator = torch.Generator().manual_seed(2)
+    shapes = [s.shape for s in mep.free_states(model, x)]
+    return [torch.randn(shape, generator=generator, dtype=x.dtype) for shape in shapes]
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def estimated(model, x, y, **options):
+    model.zero_grad()
+    found = mep.estimate(model, x, y, **options)
+    return gradients(model), found
+
+
+def by_backprop(model, x, y, cost, backward="recurrent"):
+    model.backward = backward
+    model.zero_grad()
+    cost_of(cost).mean(model(x), y).backward()
+    return gradients(model)
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_forces_are_those_of_autograd_at_random_states(name):
+    model, (x, y) = net_of(name), batch()
+    states, cost = random_states(model, x), NETS[name][1]
+    ours, theirs = (
+        mep.state_gradients(model, x, states, y, beta=0.3, cost=cost, method=method)
+        for method in ("analytic", "autograd")
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
+    assert min(float(f.abs().max()) for f in ours) > 0.01
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("stencil", [mep.one_sided, mep.centered], ids=["one-sided", "centered"])
+def test_the_contrast_is_the_gradient_of_the_energy_difference(name, stencil):
+    model, (x, y) = net_of(name), batch()
+    how = {"cost": NETS[name][1], "beta": 0.2, "stencil": stencil, "settler": solver_of(name, 60)}
+    closed, _ = estimated(model, x, y, **how)
+    reference, _ = estimated(model, x, y, gradient_method="autograd", **how)
+    torch.testing.assert_close(closed, reference, rtol=1e-11, atol=1e-11)
+
+
+def solver_of(name, steps):
+    """Square potentials of smooth units come to rest by gradient descent only."""
+    if "square" in name:
+        return mep.GradientDescent(max_steps=steps, lr=0.3, momentum=0.5)
+    return mep.FixedPoint(max_steps=steps, tol=None)
+
+
+@pytest.mark.parametrize("name", AT_REST)
+def test_a_centered_estimate_is_the_gradient_through_the_settled_dynamics(name):
+    model, (x, y) = net_of(name), batch()
+    cost = NETS[name][1]
+    truth = by_backprop(model, x, y, cost, "through time")
+    found, report = estimated(model, x, y, cost=cost, beta=1e-4, stencil=mep.centered, settler=DEEP)
+    assert report.converged and float(report.residual.max()) < 1e-9  # 1e-13 of the states
+    # The stencil's own error is beta^2 times third derivatives of order one.
+    assert distance(found, truth) < 1e-6
+
+
+@pytest.mark.parametrize("name", AT_REST)
+def test_recurrent_backprop_is_backprop_through_time(name):
+    model, (x, y) = net_of(name), batch()
+    cost = NETS[name][1]
+    # The equilibrium is known to 1e-14, and both linear systems are solved as far.
+    ours = by_backprop(model, x, y, cost)
+    assert distance(ours, by_backprop(model, x, y, cost, "through time")) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["tanh", "looped", "conv, average"])
+@pytest.mark.parametrize(
+    ("stencil", "order"), [(mep.one_sided, 1), (mep.centered, 2), (mep.five_point, 4)]
+)
+def test_observed_order_of_accuracy(name, stencil, order):
+    model, (x, y) = net_of(name), batch()
+    cost = NETS[name][1]
+    truth = by_backprop(model, x, y, cost)
+    betas = (0.2, 0.1)
+    errors = [
+        distance(estimated(model, x, y, cost=cost, beta=b, stencil=stencil, settler=DEEP)[0], truth)
+        for b in betas
+    ]
+    # An order that higher ones have not yet left behind is off by a tenth or so.
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("name", ["tanh", "looped", "sigmoid, cross-entropy"])
+def test_a_holomorphic_estimate_converges_geometrically(name):
+    model, (x, y) = net_of(name), batch()
+    cost = NETS[name][1]
+    truth = by_backprop(model, x, y, cost)
+    errors = [
+        distance(
+            estimated(model, x, y, cost=cost, beta=0.3, stencil=mep.holomorphic(n), settler=DEEP)[
+                0
+            ],
+            truth,
+        )
+        for n in (2, 4, 6, 8)
+    ]
+    # Two nodes more take off a factor that does not shrink, until rounding is seen.
+    for few, more in itertools.pairwise(errors):
+        assert more < max(0.3 * few, 1e-12), errors
+
+
+def test_two_holomorphic_nodes_are_the_centered_stencil():
+    model, (x, y) = net_of("tanh"), batch()
+    how = {"cost": "mse", "beta": 0.3, "settler": DEEP}
+    ours, _ = estimated(model, x, y, stencil=mep.holomorphic(2), **how)
+    theirs, _ = estimated(model, x, y, stencil=mep.centered, **how)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_both_signs_of_a_random_nudge_average_to_the_centered_stencil():
+    model, (x, y) = net_of("tanh"), batch()
+    how = {"cost": "mse", "beta": 0.1, "settler": DEEP}
+    stencil, found = mep.random_sign(torch.Generator().manual_seed(0)), {}
+    for _ in range(20):
+        gradient, _ = estimated(model, x, y, stencil=lambda b: seen(stencil(b)), **how)
+        found[last[0]] = gradient
+    assert sorted(found) == [-0.1, 0.1]
+    centered, _ = estimated(model, x, y, stencil=mep.centered, **how)
+    assert distance((found[0.1] + found[-0.1]) / 2, centered) < 1e-8
+
+
+last = [0.0]
+
+
+def seen(nodes):
+    last[0] = nodes[1][0]
+    return nodes
+
+
+@pytest.mark.parametrize("name", AT_REST)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        mep.FixedPoint(300, None, "synchronous"),
+        mep.FixedPoint(150, None, "forward"),
+        mep.FixedPoint(150, None, "backward"),
+        mep.Anderson(60, None),
+        mep.GradientDescent(400, lr=0.3, momentum=0.7),
+    ],
+    ids=["synchronous", "forward", "backward", "anderson", "descent"],
+)
+def test_every_solver_ends_in_the_same_equilibrium(name, solver):
+    model, (x, y) = net_of(name), batch()
+    how = {"cost": NETS[name][1], "beta": 0.3}
+    ours = mep.settle(model, x, y, settler=solver, **how)
+    reference = mep.settle(model, x, y, settler=DEEP, **how)
+    assert ours.converged and reference.converged
+    for a, b in zip(ours.states, reference.states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_orders_are_different_iterations():
+    model, (x, y) = net_of("tanh"), batch()
+    orders = ("alternating", "synchronous", "forward", "backward")
+    steps = {
+        order: mep.settle(model, x, y, cost="mse", settler=mep.FixedPoint(500, 1e-8, order)).steps
+        for order in orders
+    }
+    # Half of a synchronous round uses what is out of date.
+    assert steps["synchronous"] > 1.5 * steps["alternating"]
+
+
+def test_anderson_takes_fewer_rounds():
+    model, (x, y) = net_of("looped", scale=1.6), batch()
+    plain, mixed = (
+        mep.settle(model, x, y, beta=0.3, settler=s)
+        for s in (mep.FixedPoint(500, 1e-9), mep.Anderson(500, 1e-9))
+    )
+    assert plain.converged and mixed.converged
+    assert mixed.steps < plain.steps / 2
+
+
+def test_a_linear_net_solves_its_linear_system():
+    """``s_1 = W_1 x + b_1 + W_2^T s_2``, ``s_2 = W_2 s_1 + b_2 - beta (s_2 - t)`` in the box."""
+    torch.manual_seed(0)
+    model = hopfield_mlp(3, (4,), 2, lambda: nn.Hardtanh(-100, 100)).double()
+    first, second = model.net[1], model.net[3]
+    with torch.no_grad():
+        second.weight.mul_(0.5)
+    x, t, beta = torch.randn(1, 3).double(), torch.randn(1, 2).double(), 0.4
+    w = second.weight
+    matrix = torch.eye(6).double()
+    matrix[:4, 4:], matrix[4:, :4] = -w.T, -w
+    matrix[4:, 4:] *= 1 + beta
+    right = torch.cat([first(x), second.bias + beta * t], 1)
+    wanted = torch.linalg.solve(matrix, right.mT).mT
+    found = mep.settle(model, x, t, cost="mse", beta=beta, settler=DEEP)
+    torch.testing.assert_close(torch.cat(found.states, 1), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_displacements_are_from_the_free_states():
+    model, (x, y) = net_of("tanh"), batch()
+    found = mep.settle(model, x, y, cost="mse", beta=0.3, settler=DEEP)
+    free = settled_states(model.couplings(), x, DEEP).states
+    for d, s, s_0 in zip(found.displacements, found.states, free, strict=True):
+        torch.testing.assert_close(d, s - s_0, rtol=1e-9, atol=1e-12)
+
+
+def test_the_input_is_pushed_once_and_a_round_takes_one_product_per_weight_and_way(monkeypatch):
+    """What a residual has looked at is what the next round begins with."""
+    model, (x, y) = net_of("clipped"), batch()
+    counts = {}
+    from mep.blocks.layers import Linear
+
+    def counted(method):
+        original = getattr(Linear, method)
+
+        def call(self, *args, **options):
+            key = method, self.weight.shape[0]
+            counts[key] = counts.get(key, 0) + 1
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(Linear, method, call)
+
+    counted("apply")
+    counted("pull")
+    steps = 10
+    settler = mep.FixedPoint(steps, None)
+    found = mep.settle(model, x, y, cost="mse", beta=0.3, settler=settler)
+    assert found.steps == steps
+    assert counts["apply", 7] == 1
+    # Two phases, each with a start that is looked at; the forward start has pushed once more.
+    assert counts["apply", 6] <= 2 * (steps + 1) + 1
+    assert counts["pull", 6] <= 2 * (steps + 1)
+
+
+def test_settling_does_not_report_what_it_has_not_reached():
+    model, (x, y) = net_of("clipped"), batch()
+    with pytest.warns(UserWarning, match="it contracts, give it more than 1 steps"):
+        found = mep.estimate(model, x, y, cost="mse", beta=0.2, settler=mep.FixedPoint(1, 1e-6))
+    assert found.status in ("not settled", "diverged") and not found.converged
+    assert found.median > 1e-6
+
+
+def test_a_net_that_does_not_contract_is_told_so_once():
+    model, (x, y) = net_of("looped"), batch()
+    with torch.no_grad():  # h = tanh(-3 h + ...) goes to and fro
+        model.net["recurrent"].weight.copy_(-3 * torch.eye(6))
+    advice = "spectral radius 3 .*SpectralNorm"
+    with pytest.warns(UserWarning, match=advice):
+        found = mep.estimate(model, x, y, beta=0.2, settler=mep.FixedPoint(50, 1e-3))
+    assert not found.converged
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mep.estimate(model, x, y, beta=0.2, settler=mep.FixedPoint(50, 1e-3))
+    assert not any("SpectralNorm" in str(w.message) for w in caught)
+    with pytest.warns(UserWarning, match="equilibrium was not reached"):
+        mep.free_states(model, x)
+    with torch.no_grad():
+        model.net["recurrent"].weight.div_(-4)
+    assert mep.estimate(model, x, y, beta=0.2, settler=mep.FixedPoint(50, 1e-3)).converged
+
+
+def test_a_free_phase_that_has_not_settled_is_the_status_of_the_estimate():
+    """Though its nudged phase, taken on from there, may look settled."""
+    model, (x, y) = net_of("tanh"), batch()
+    settler = mep.FixedPoint(max_steps=3, tol=1e-3)
+    with pytest.warns(UserWarning, match="has not settled"):
+        found = mep.estimate(model, x, y, cost="mse", beta=0.01, settler=settler)
+    assert found.median > 1e-3 and not found.converged
+
+
+@pytest.mark.parametrize("name", ["looped", "tanh"])
+def test_the_spectral_radius_is_that_of_the_jacobian(name):
+    model, (x, _) = net_of(name), batch(1)
+    net = model.couplings()
+    at = settled_states(net, x, DEEP).configuration
+    problem = Relaxation(at, None, None, 0.0, 1.0)
+    sizes = [s.numel() for s in at.states]
+
+    def rounded(flat):
+        parts = [part.view_as(s) for part, s in zip(flat.split(sizes), at.states, strict=True)]
+        moved = problem.relax(States(net, x, parts), "synchronous").states
+        return torch.cat([s.flatten() for s in moved])
+
+    flat = torch.cat([s.flatten() for s in at.states])
+    jacobian = torch.autograd.functional.jacobian(rounded, flat)
+    wanted = float(torch.linalg.eigvals(jacobian).abs().max())
+    # Thirty rounds of power iteration, and differences of half the digits.
+    assert contraction(problem, at, "synchronous") == pytest.approx(wanted, rel=0.05)
+
+
+def test_only_the_symmetric_part_of_a_lateral_weight_acts():
+    model, (x, y) = net_of("looped"), batch()
+    before = mep.free_states(model, x)[0]
+    estimated(model, x, y, beta=0.1, settler=DEEP)
+    weight = model.net["recurrent"].weight
+    torch.testing.assert_close(weight.grad, weight.grad.T, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        weight += torch.triu(torch.ones(6, 6).double()) - torch.tril(torch.ones(6, 6).double())
+    torch.testing.assert_close(mep.free_states(model, x)[0], before, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("hidden", "count"), [(64, 8_970), (1024, 1_126_410)])
+def test_sizes_of_the_looped_net(hidden, count):
+    model = LoopedMLP(64, hidden, 10)
+    assert sum(p.numel() for p in model.parameters()) == count
+    weight = model.net["recurrent"].weight
+    assert torch.equal(weight, weight.T)
+
+
+def test_the_looped_net_is_a_fixed_point_of_its_equation():
+    model, (x, _) = net_of("looped"), batch()
+    part = model.net
+    h = torch.tanh(settled_states(model.couplings(), x, DEEP).states[0])
+    s = (part["recurrent"].weight + part["recurrent"].weight.T) / 2
+    wanted = torch.tanh(part["input"](x.flatten(1)) + h @ s + part["recurrent"].bias / 2)
+    torch.testing.assert_close(h, wanted, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), part["output"](h), rtol=1e-9, atol=1e-9)
+
+
+def settings_of(name):
+    return {"cost": NETS[name][1], "beta": 0.2, "stencil": mep.centered}
+
+
+def test_the_optimizer_takes_the_step_of_the_estimate():
+    x, y = batch()
+    ours, theirs = net_of("clipped"), net_of("clipped")
+    how = settings_of("clipped")
+    opt = mep.EPOptimizer(ours.parameters(), model=ours, lr=0.1, momentum=0.9, **how)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        opt.step(x=x, target=y)
+        sgd.zero_grad()
+        mep.estimate(theirs, x, y, **how)
+        sgd.step()
+    assert opt.last.converged
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_optimizer_can_be_copied_and_saved():
+    x, y = batch()
+    model = net_of("looped")
+    opt = mep.EPOptimizer(model.parameters(), model=model, lr=0.1, momentum=0.9, beta=0.2)
+    opt.step(x=x, target=y)
+    twin, twin_model = copy.deepcopy((opt, model))
+    read, read_model = pickle.loads(pickle.dumps((opt, model)))
+    for o in (opt, twin, read):
+        o.step(x=x, target=y)
+    for other in (twin_model, read_model):
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_it_learns():
+    data = mep.data.load("digits")
+    torch.manual_seed(0)
+    model = hopfield_mlp(64, (64,), 10)
+    opt = mep.EPOptimizer(
+        model.parameters(), model=model, lr=0.05, momentum=0.9, cost="mse", beta=0.2,
+        stencil=mep.centered,
+    )  # fmt: skip
+    for epoch in range(4):
+        order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(epoch))
+        for part in order.split(32):
+            opt.step(x=data.x_train[part], target=data.y_train[part])
+    with torch.no_grad():
+        right = (model(data.x_test).argmax(1) == data.y_test).double().mean()
+    assert right > 0.9 and opt.skipped == 0
+
+
+def test_backprop_mode_differentiates_the_equilibrium():
+    x, y = batch()
+    model = net_of("tanh")
+    opt = mep.EPOptimizer(model.parameters(), model=model, mode="backprop", lr=0.1, cost="mse")
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step(x=x, target=y)
+    step = torch.cat([(b - p).flatten() for b, p in zip(before, model.parameters(), strict=True)])
+    with torch.no_grad():
+        for p, b in zip(model.parameters(), before, strict=True):
+            p.copy_(b)
+    truth = by_backprop(model, x, y, "mse", "through time")
+    assert distance(step.detach() / 0.1, truth) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: {"settler": mep.Sweep()}, "does not settle mep.Hopfield"),
+        (lambda: {"settler": mep.Limit()}, "does not settle mep.Hopfield"),
+        (lambda: {"blockwise": True}, "energy=mep.PredictionError"),
+        (lambda: {"memory_budget": "4MB"}, "energy=mep.PredictionError"),
+        (lambda: {"update": mep.Route(mep.Natural())}, "reads curvature"),
+    ],
+)
+def test_what_symmetric_couplings_cannot_do_is_refused(make, message):
+    model, options = net_of("clipped"), make()
+    with pytest.raises(ValueError, match=message):
+        mep.EPOptimizer(model.parameters(), model=model, lr=0.1, cost="mse", **options)
+
+
+def test_curvature_of_a_task_is_refused():
+    model, (x, y) = net_of("clipped"), batch()
+    opt = mep.EPOptimizer(model.parameters(), model=model, lr=0.1, cost="mse", penalty=mep.EWC(1.0))
+    with pytest.raises(ValueError, match="curvature is read off"):
+        opt.consolidate([(x, y)])
+
+
+def test_complex_nudges_are_refused_where_nothing_is_analytic():
+    model, (x, y) = net_of("clipped"), batch()
+    how = {"cost": "mse", "beta": 0.1, "stencil": mep.holomorphic(4)}
+    with pytest.raises(ValueError, match="analytic units"):
+        mep.estimate(model, x, y, **how)
+    with pytest.raises(ValueError, match="analytic units"):
+        mep.estimate(net_of("tanh"), x, y, gradient_method="autograd", **how)
+    with pytest.raises(ValueError, match="complex nodes needs an energy"):
+        mep.estimate(nn.Sequential(nn.Flatten(), nn.Linear(32, 3)).double(), x, y, **how)
+
+
+def test_fixed_points_of_predictions_are_refused():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"does not settle mep\.PredictionError"):
+        mep.estimate(model, torch.ones(2, 4), torch.tensor([0, 1]), settler=mep.FixedPoint())
+
+
+def test_plain_nets_and_unbounded_units_are_refused():
+    plain = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    with pytest.raises(mep.TraceError, match="EquilibriumNet"):
+        mep.free_states(plain, torch.ones(2, 4), energy=mep.Hopfield())
+    with pytest.raises(mep.TraceError, match=r"(?s)ReLU.*bounded activation"):
+        EquilibriumNet(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    with pytest.raises(mep.TraceError, match="no Linear or Conv2d"):
+        EquilibriumNet(nn.Sequential(nn.Embedding(4, 3), nn.Tanh(), nn.Linear(3, 2)))
+    with pytest.raises(mep.TraceError, match="layer of states below"):
+        EquilibriumNet(nn.Sequential(nn.Linear(4, 3)), readout=True)
+    with pytest.raises(ValueError, match="`potential` must be"):
+        couplings_of(mep.trace(plain), potential="cubic")
+    with pytest.raises(ValueError, match="`backward` must be"):
+        EquilibriumNet(plain, backward="sideways")
+    with pytest.raises(ValueError, match="`pool` must be"):
+        hopfield_cnn(pool="sum")
+    with pytest.raises(ValueError, match="sizes must be"):
+        LoopedMLP(4, 0, 2)
+
+
+def test_smooth_units_of_the_square_potential_have_no_rest():
+    model, (x, y) = net_of("tanh, square"), batch()
+    with pytest.raises(ValueError, match="no rest in closed form"):
+        mep.estimate(model, x, y, cost="mse", settler=mep.FixedPoint())
+
+
+def test_fixed_point_options_are_checked():
+    with pytest.raises(ValueError, match="order"):
+        mep.FixedPoint(order="random")
+    with pytest.raises(ValueError, match="max_steps"):
+        mep.FixedPoint(max_steps=0)
+    with pytest.raises(ValueError, match="number of nodes"):
+        mep.holomorphic(1)
