@@ -89,6 +89,7 @@ def _sigmoid_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
     return torch.tanh(d / 2) * (y * (1 - y_new) + y_new * (1 - y))
 
 
+@cache
 def _relu() -> Activation:
     def value(x: Tensor, out: Tensor | None = None) -> Tensor:
         # clamp can write into `out`, but its own derivative at 0 is 1
@@ -112,6 +113,7 @@ def _relu() -> Activation:
     )
 
 
+@cache
 def _tanh() -> Activation:
     def pull(x: Tensor, y: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
@@ -127,6 +129,7 @@ def _tanh() -> Activation:
     return Activation("tanh", torch.tanh, pull, move, reads_input=False, writes=True, bound=1.0)
 
 
+@cache
 def _sigmoid() -> Activation:
     return Activation(
         "sigmoid",
@@ -136,6 +139,7 @@ def _sigmoid() -> Activation:
     )
 
 
+@cache
 def _silu() -> Activation:
     def difference(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
         p, p_new = torch.sigmoid(x), torch.sigmoid(x + d)
@@ -146,6 +150,7 @@ def _silu() -> Activation:
     )
 
 
+@cache
 def _softplus(beta: float, threshold: float) -> Activation:
     def difference(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
         near = torch.log1p(torch.sigmoid(beta * x) * torch.expm1((beta * d).clamp(-1, 1))) / beta
@@ -163,6 +168,7 @@ def _softplus(beta: float, threshold: float) -> Activation:
     )
 
 
+@cache
 def _leaky_relu(slope: float) -> Activation:
     return Activation(
         "leaky_relu",
@@ -172,6 +178,7 @@ def _leaky_relu(slope: float) -> Activation:
     )
 
 
+@cache
 def _elu(alpha: float) -> Activation:
     def difference(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
         positive = _ramp_difference(x, d)
@@ -185,6 +192,7 @@ def _elu(alpha: float) -> Activation:
     )
 
 
+@cache
 def _hardtanh(low: float, high: float) -> Activation:
     return Activation(
         "hardtanh",
@@ -195,6 +203,7 @@ def _hardtanh(low: float, high: float) -> Activation:
     )
 
 
+@cache
 def _gelu_tanh() -> Activation:
     c, k = math.sqrt(2 / math.pi), 0.044715
 
@@ -210,6 +219,7 @@ def _gelu_tanh() -> Activation:
     return Activation("gelu", lambda x: F.gelu(x, approximate="tanh"), pull, _with_sum(difference))
 
 
+@cache
 def _gelu() -> Activation:
     density = 1 / math.sqrt(2 * math.pi)
     # Three-point Gauss-Legendre on [0, 1]: its error d^6 / 2e6 is below double rounding for
@@ -232,6 +242,7 @@ def _gelu() -> Activation:
     )
 
 
+@cache
 def _identity() -> Activation:
     return Activation("identity", lambda x: x, lambda x, y, g: g, lambda x, y, d, x_new: (d, x_new))
 
@@ -254,7 +265,8 @@ _MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
 def of_module(module: nn.Module) -> Activation | None:
     """Returns the closed form of an activation module, or None if it has none here.
 
-    Subclasses do not match: they may compute something else.
+    Equal modules have one and the same, made once: a deep net has thousands. Subclasses do not
+    match: they may compute something else.
 
     >>> of_module(torch.nn.ReLU()).name
     'relu'

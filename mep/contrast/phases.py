@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,10 +33,12 @@ _chains = WeakKeyDictionary()
 class _Seen:
     """What a chain has frozen of a module: its children, its mode and numbers, its hooks."""
 
+    __slots__ = ("children", "hooks", "numbers", "read", "size", "state")  # there are thousands
+
     def __init__(self, module: nn.Module) -> None:
         self.state = vars(module)
-        plain = [name for name, v in self.state.items() if _is_plain(v)]
-        self.read = itemgetter("training", *plain)
+        plain = tuple(name for name, v in self.state.items() if _is_plain(v))
+        self.read = _reader(plain)
         self.numbers, self.size = self.read(self.state), len(self.state)
         self.hooks = self._hooks()
         self.children = [*self.state["_modules"].values()]
@@ -54,6 +57,11 @@ class _Seen:
         # Most modules have no children, and a list takes time.
         parts = [*modules.values()] if modules else []
         return same and self._hooks() == self.hooks and parts == self.children
+
+
+@cache
+def _reader(names: tuple[str, ...]) -> itemgetter:
+    return itemgetter("training", *names)
 
 
 def _is_plain(value: object) -> bool:
