@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import Block, Chain
+from mep.blocks import Block
 from mep.contrast import (
     AutoBeta,
     Settings,
     Stencil,
     chain_of,
     contrast,
+    energy_of,
     free_phase,
     one_sided,
     settings,
 )
 from mep.curvature import Signal
-from mep.energies import Cost, Energy, FreePhase
+from mep.energies import Cost, Energy
 from mep.settling import CONVERGED, LIMIT, Settled, Solver, settle
 
 __all__ = ["Alignment", "Diagnosis", "diagnose"]
@@ -99,14 +101,15 @@ def diagnose(
     residual is above the settler's tolerance; else ``finite nudge``.
 
     Args:
-        model: any model that ``mep.trace`` can read, in the mode (train or eval) to be diagnosed.
+        model: any model that ``mep.trace`` can read, or one with ``couplings()``, in the mode
+            (train or eval) to be diagnosed.
         x: input, ``(B, *in)``.
         target: what the cost takes.
         cost: name or object.
         beta: nudging strength: ``"auto"``, a number > 0, or ``mep.AutoBeta(c)``.
-        settler: ``mep.Sweep()`` by default.
+        settler: ``mep.Sweep()`` by default, ``mep.FixedPoint()`` for ``mep.Hopfield()``.
         stencil: ``mep.one_sided`` by default.
-        energy: ``mep.PredictionError(output=...)``.
+        energy: ``mep.PredictionError(output=...)`` or ``mep.Hopfield()``; by the model.
         gradient_method: ``"analytic"`` or ``"autograd"``.
 
     Returns:
@@ -123,11 +126,11 @@ def diagnose(
     Source: the regimes are this library's own; see the README.
     """
     how = settings(
-        cost=cost, beta=beta, settler=settler, stencil=stencil, energy=energy,
-        gradient_method=gradient_method,
+        cost=cost, beta=beta, settler=settler, stencil=stencil,
+        energy=energy_of(model, energy), gradient_method=gradient_method,
     )  # fmt: skip
     twin = copy.deepcopy(model)  # running statistics of the model itself stay as they are
-    chain = chain_of(twin, how.gradient_method)
+    chain = chain_of(twin, how.gradient_method, how.energy)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         free = free_phase(twin, x, target, how)
@@ -140,8 +143,8 @@ def diagnose(
         wide = x.double() if x.is_floating_point() else x
         replay = _settle(free_phase(twin.double(), wide, target, how), how, found.beta)
     ratio = _displacement_ratio(nudged, replay)
-    vectors = [(_vector(block, estimated), _vector(block, backprop)) for block in chain]
-    layers = [_alignment(b.name, *pair) for b, pair in zip(chain, vectors, strict=True)]
+    vectors = [(_vector(block, estimated), _vector(block, backprop)) for block in chain.blocks]
+    layers = [_alignment(b.name, *pair) for b, pair in zip(chain.blocks, vectors, strict=True)]
     ours, theirs = (torch.cat(column) for column in zip(*vectors, strict=True))
     return Diagnosis(
         regime=_regime(found.status, ratio),
@@ -166,20 +169,18 @@ def _add(gradients: dict[nn.Parameter, Tensor], signal: Signal) -> None:
 
 
 @torch.no_grad()
-def _settle(free: FreePhase, how: Settings, beta: float) -> Settled:
+def _settle(free: Any, how: Settings, beta: float) -> Settled:
     return settle(how.energy.nudged(free, beta), how.settler)
 
 
-def _backprop(chain: Chain, x: Tensor, target: Tensor, how: Settings) -> dict[nn.Parameter, Tensor]:
-    """The gradient by autograd through the chain's own forward pass."""
+def _backprop(chain: Any, x: Tensor, target: Tensor, how: Settings) -> dict[nn.Parameter, Tensor]:
+    """The gradient by autograd through the free equilibrium."""
     wanted = [p for p in chain.parameters() if p.requires_grad]
     with torch.enable_grad():
-        s = x
-        for block in chain:
-            s, _ = block.predict(s)
+        output = how.energy.free_output(chain, x)
         if not wanted:
             return {}
-        found = torch.autograd.grad(how.cost.mean(s, target), wanted, allow_unused=True)
+        found = torch.autograd.grad(how.cost.mean(output, target), wanted, allow_unused=True)
     return {p: g for p, g in zip(wanted, found, strict=True) if g is not None}
 
 

@@ -79,6 +79,10 @@ def test_the_defaults_reach_97_percent_on_digits(tmp_path):
     ("words", "setting"),
     [
         (("--model", "cnn"), {"model": "cnn"}),
+        (("--model", "hopfield-mlp"), {"cost": "mse", "settler": "fixed-point", "sweeps": 50}),
+        (("--model", "hopfield-cnn"), {"cost": "mse", "channels": [32, 64]}),
+        (("--model", "looped"), {"cost": "cross_entropy", "settler": "fixed-point"}),
+        (("--cost", "mse"), {"cost": "mse"}),
         (("--model", "deep-mlp"), {"model": "deep-mlp", "depth": 10}),
         (("--model", "deep-mlp", "--depth", 4), {"depth": 4}),
         (("--optimizer", "backprop"), {"optimizer": "backprop"}),
@@ -251,6 +255,14 @@ def test_diagnose_takes_the_weights_of_a_checkpoint(tmp_path, plain):
     assert found.summary["cosine"] == pytest.approx(record.summary["cosine"], abs=1e-6)
 
 
+def test_settle_an_equilibrium_net(tmp_path):
+    words = ("settle", "digits", "--model", "hopfield-mlp", "--sweeps", 4, "--settle-steps", 6)
+    record, _ = record_of(tmp_path, *words)
+    steps = {entry["settler"]: entry["steps"] for entry in record.summary["settlers"]}
+    orders = ("alternating", "synchronous", "forward", "backward", "anderson")
+    assert steps == {**dict.fromkeys(orders, 4), "descent": 6}
+
+
 def test_settle(tmp_path):
     words = ("settle", "digits", "--depth", 3, "--batch", 32)
     one, _ = record_of(tmp_path / "a", *words, "--sweeps", 4, "--settle-steps", 6)
@@ -317,7 +329,10 @@ def test_a_budget_that_is_too_small_is_a_message(tmp_path):
     ("words", "message"),
     [
         (("train", "cifar"), "DATASET must be one of digits, mnist, fashion-mnist; got 'cifar'"),
-        (("train", "--model", "rnn"), "--model must be one of mlp, cnn, deep-mlp; got 'rnn'"),
+        (("train", "--model", "rnn"), "--model must be one of mlp, cnn, deep-mlp, hopfield-mlp"),
+        (("train", "--model", "looped", "--settler", "sweep"), "does not settle mep.Hopfield"),
+        (("train", "--settler", "fixed-point"), "does not settle mep.PredictionError"),
+        (("train", "--cost", "magic"), "--cost must be one of cross_entropy, mse"),
         (("train", "--optimizer", "adam"), "--optimizer must be one of ep, backprop"),
         (("train", "--compare", "adam"), "--compare must be one of backprop"),
         (("train", "--settler", "magic"), "--settler must be one of"),
@@ -392,6 +407,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, plain):
 
 def test_the_name_tables_are_complete():
     assert tuple(DEFAULTS) == mep.data.names()
-    assert set(MODELS) == {"mlp", "cnn", "deep-mlp"}
-    assert set(SETTLERS) == {"sweep", "descent", "anderson", "limit"}
+    assert set(MODELS) == {"mlp", "cnn", "deep-mlp", "hopfield-mlp", "hopfield-cnn", "looped"}
+    assert set(SETTLERS) == {"sweep", "descent", "anderson", "limit", "fixed-point"}
     assert set(STENCILS) == {"one-sided", "centered", "five-point"}

@@ -224,7 +224,7 @@ def _capped(config: MemoryConfig, arm: str) -> dict[str, Any]:
 def _start_up(arm: str) -> None:
     """Takes steps on a tiny net: code and threads that this brings to life are no net's fault."""
     square = torch.ones(512, 512)  # large enough for all threads
-    square @ square
+    torch.mm(square, square)
     small = Stepper(f"{STREAMED} 1MB" if arm.startswith(STREAMED) else arm, 3, 8, 2, 0)
     for _ in range(2):
         small.step()

@@ -28,6 +28,7 @@ def run(
     beta: Any,
     config: Mapping[str, Any],
     command: str,
+    cost: str = "cross_entropy",
 ) -> Record:
     """Settle one batch by every settler and keep the course of the residual.
 
@@ -39,6 +40,7 @@ def run(
         beta: nudging strength, the same for all.
         config: every setting, for the record.
         command: the command line, for the record.
+        cost: of the nudge.
 
     Returns:
         The record: a row per settler and step with the median residual over the batch; the summary
@@ -47,7 +49,7 @@ def run(
     rows, summary = [], []
     dtype = str(x.dtype).removeprefix("torch.")
     for name, settler in settlers.items():
-        settled = mep.settle(model, x, y, beta=beta, settler=settler)
+        settled = mep.settle(model, x, y, cost=cost, beta=beta, settler=settler)
         history = [float(value) for value in settled.history]
         rows += [{"settler": name, "step": k, "residual": r} for k, r in enumerate(history)]
         summary.append(

@@ -9,7 +9,9 @@ import typer
 
 from mep.bench import continual as continual_benchmark
 from mep.bench import depth as depth_benchmark
+from mep.bench import equilibrium as equilibrium_benchmark
 from mep.bench import fisher as fisher_benchmark
+from mep.bench import looped as looped_benchmark
 from mep.bench import memory as memory_benchmark
 from mep.bench import muon as muon_benchmark
 from mep.bench import presets as presets_benchmark
@@ -230,6 +232,59 @@ def memory(
     with choices.running():
         record = memory_benchmark.run(config, out, choices.command_line(context))
     choices.show(memory_benchmark, record, out, "memory.png")
+
+
+@app.command()
+def looped(
+    context: typer.Context,
+    dataset: options.DatasetName = "digits",
+    hidden: Annotated[str, typer.Option(help="Recurrent units.")] = "64,128,256,512,1024",
+    batch: options.Batch = 32,
+    beta: Annotated[float, typer.Option(help="Nudging strength.")] = 0.2,
+    rounds: Annotated[int, typer.Option(help="Timed rounds per size.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batch.")] = 0,
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs/bench-looped"),
+) -> None:
+    """Measure what a step of a recurrent equilibrium net takes, by EP and by backprop."""
+    with choices.usage():
+        choices.prepare(out, "cpu")
+        data = choices.load(dataset, data_dir, batch)
+        config = looped_benchmark.LoopedConfig(
+            choices.integers("--hidden", hidden), batch, beta, rounds, seed
+        )
+    with choices.running():
+        record = looped_benchmark.run(config, data, choices.command_line(context))
+    choices.show(looped_benchmark, record, out, "looped.png")
+
+
+@app.command()
+def equilibrium(
+    context: typer.Context,
+    dataset: options.DatasetName = "mnist",
+    net: Annotated[
+        str, typer.Option(metavar="|".join(equilibrium_benchmark.NETS), help="What settles.")
+    ] = "mlp",
+    updates: Annotated[int, typer.Option(help="Training before anything is measured.")] = 500,
+    batch: options.Batch = 128,
+    beta: Annotated[float, typer.Option(help="Nudging strength.")] = 0.2,
+    tol: Annotated[float, typer.Option(help="Residual at which phases stop.")] = 1e-2,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 20,
+    samples: Annotated[int, typer.Option(help="Test samples for disturbed nets.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data order.")] = 0,
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs/bench-equilibrium"),
+) -> None:
+    """Measure a net that settles beside backprop: time, memory, gradients, disturbances."""
+    with choices.usage():
+        choices.prepare(out, "cpu")
+        data = choices.load(dataset, data_dir, None)
+        config = equilibrium_benchmark.EquilibriumConfig(
+            net, updates, batch, beta, tol, rounds, samples, seed
+        )
+    with choices.running():
+        record = equilibrium_benchmark.run(config, data, choices.command_line(context))
+    choices.show(equilibrium_benchmark, record, out, "equilibrium.png")
 
 
 @app.command()

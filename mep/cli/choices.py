@@ -17,7 +17,7 @@ from torch import nn
 import mep
 from mep.bench import Record, Table, publish
 from mep.bench.regime import LIMIT
-from mep.cli.names import DEFAULTS, MODELS, SETTLERS, STENCILS
+from mep.cli.names import COSTS, DEFAULTS, MODELS, SETTLERS, SQUARED, STENCILS, SYMMETRIC
 from mep.data import DataError, Dataset
 from mep.training import CheckpointError
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Estimator", "command_line", "estimator", "integers", "load", "network", "nudging", "pick",
-    "prepare", "refuse", "running", "show", "usage",
+    "Estimator", "command_line", "cost", "estimator", "integers", "load", "network", "nudging",
+    "pick", "prepare", "refuse", "running", "show", "usage",
 ]  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def load(name: str, data_dir: Path | None, max_samples: int | None) -> Dataset:
 def network(name: str, data: Dataset, depth: int | None) -> tuple[Maker, dict[str, Any]]:
     """What makes a freshly initialised network for a data set, and its settings."""
     make, sizes = MODELS[pick("--model", name, MODELS)]
-    if name == "mlp":
+    if name in ("mlp", "hopfield-mlp"):
         sizes = {"hidden": DEFAULTS[data.name].hidden}
     if "depth" not in sizes:
         refuse({"depth": depth}, f"--model {name}")
@@ -121,7 +121,15 @@ class Estimator:
     label: str
 
 
+def cost(name: str | None, model: str) -> str:
+    """The cost that was named, or the model's own."""
+    if name is None:
+        return "mse" if model in SQUARED else "cross_entropy"
+    return pick("--cost", name, COSTS)
+
+
 def estimator(
+    model: str,
     settler: str | None,
     sweeps: int | None,
     settle_steps: int | None,
@@ -131,7 +139,8 @@ def estimator(
     c: float | None,
 ) -> Estimator:
     """The estimator that the options describe; None stands for an option not given."""
-    settler = pick("--settler", settler or "sweep", SETTLERS)
+    usual = "fixed-point" if model in SYMMETRIC else "sweep"
+    settler = pick("--settler", settler or usual, SETTLERS)
     solver, config = _settler(settler, {"sweeps": sweeps, "settle_steps": settle_steps, "tol": tol})
     if settler == "limit":
         refuse({"stencil": stencil, "beta": beta, "c": c}, "--settler limit: beta cancels")

@@ -33,6 +33,7 @@ def diagnose(
     stencil: options.Stencil = None,
     beta: options.Beta = None,
     c: options.C = None,
+    cost: options.Cost = None,
     batch: options.Batch = 512,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights.")] = 0,
     data_dir: options.DataDir = None,
@@ -44,16 +45,17 @@ def diagnose(
         choices.prepare(out, device)
         data = choices.load(dataset, data_dir, batch)
         make_model, sizes = choices.network(model, data, depth)
-        way = choices.estimator(settler, sweeps, settle_steps, tol, stencil, beta, c)
+        cost = choices.cost(cost, model)
+        way = choices.estimator(model, settler, sweeps, settle_steps, tol, stencil, beta, c)
         torch.manual_seed(seed)
         net = make_model()
         if checkpoint is not None:
             _take_weights(net, checkpoint)
         net = net.to(device).eval()
         x, y = data.x_test.to(device), data.y_test.to(device)
-        diagnosis = mep.diagnose(net, x, y, **way.arguments)
+        diagnosis = mep.diagnose(net, x, y, cost=cost, **way.arguments)
     config = {
-        "dataset": dataset, **sizes, **way.config, "batch": len(x), "seed": seed,
+        "dataset": dataset, **sizes, "cost": cost, **way.config, "batch": len(x), "seed": seed,
         "trained": checkpoint is not None, "device": device,
     }  # fmt: skip
     record = benchmark.run(diagnosis, way.label, config, choices.command_line(context))

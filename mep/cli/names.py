@@ -11,7 +11,16 @@ from torch import nn
 import mep
 from mep.data import Dataset
 
-__all__ = ["DEFAULTS", "MODELS", "SETTLERS", "STENCILS", "Defaults"]
+__all__ = [
+    "COSTS",
+    "DEFAULTS",
+    "MODELS",
+    "SETTLERS",
+    "SQUARED",
+    "STENCILS",
+    "SYMMETRIC",
+    "Defaults",
+]
 
 
 @dataclass(frozen=True)
@@ -49,20 +58,46 @@ def _deep_mlp(data: Dataset, depth: int, width: int) -> nn.Module:
     return mep.models.deep_mlp(depth, width, in_features=features, out_features=data.classes)
 
 
+def _hopfield_mlp(data: Dataset, hidden: tuple[int, ...]) -> nn.Module:
+    features = data.x_train[0].numel()
+    return mep.models.hopfield_mlp(features, hidden=hidden, out_features=data.classes)
+
+
+def _hopfield_cnn(data: Dataset, channels: tuple[int, ...]) -> nn.Module:
+    _, colours, size, _ = data.x_train.shape
+    return mep.models.hopfield_cnn(colours, size=size, out_features=data.classes, channels=channels)
+
+
+def _looped(data: Dataset, width: int) -> nn.Module:
+    return mep.models.LoopedMLP(data.x_train[0].numel(), width, data.classes)
+
+
 MODELS = {
     "mlp": (_mlp, {}),
     "cnn": (_cnn, {"channels": (32, 64), "hidden": 128}),
     "deep-mlp": (_deep_mlp, {"depth": 10, "width": 128}),
+    "hopfield-mlp": (_hopfield_mlp, {}),
+    "hopfield-cnn": (_hopfield_cnn, {"channels": (32, 64)}),
+    "looped": (_looped, {"width": 512}),
 }
-"""Model -> what makes it for a data set, and its sizes; those of mlp come with the data set."""
+"""Model -> what makes it for a data set, and its sizes; an mlp's come with the data set."""
+
+SYMMETRIC = ("hopfield-mlp", "hopfield-cnn", "looped")
+"""Models whose output is an equilibrium: they settle by fixed points, not by sweeps."""
+
+SQUARED = ("hopfield-mlp", "hopfield-cnn")
+"""Models whose output is a state of the equilibrium, pulled by a squared error."""
 
 SETTLERS: Mapping[str, tuple[type[Any], Mapping[str, str]]] = {
     "sweep": (mep.Sweep, {"sweeps": "max_sweeps", "tol": "tol"}),
     "descent": (mep.GradientDescent, {"settle_steps": "max_steps", "tol": "tol"}),
     "anderson": (mep.Anderson, {"sweeps": "max_steps", "tol": "tol"}),
     "limit": (mep.Limit, {}),
+    "fixed-point": (mep.FixedPoint, {"sweeps": "max_steps", "tol": "tol"}),
 }
 """Settler -> its class, and the options it takes with the name of the field each one sets."""
+
+COSTS = ("cross_entropy", "mse")
 
 STENCILS = {
     "one-sided": mep.one_sided,

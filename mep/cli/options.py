@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from mep.cli.names import DEFAULTS, MODELS, SETTLERS, STENCILS
+from mep.cli.names import COSTS, DEFAULTS, MODELS, SETTLERS, STENCILS
 
 __all__ = [
-    "Batch", "Beta", "C", "DataDir", "DatasetName", "Depth", "Device", "MaxSamples", "Model",
-    "Out", "SettleSteps", "Settler", "Stencil", "Sweeps", "Tol",
+    "Batch", "Beta", "C", "Cost", "DataDir", "DatasetName", "Depth", "Device", "MaxSamples",
+    "Model", "Out", "SettleSteps", "Settler", "Stencil", "Sweeps", "Tol",
 ]  # fmt: skip
 
 
@@ -28,10 +28,17 @@ Depth = Annotated[
 ]
 Settler = Annotated[
     str | None,
-    typer.Option(metavar=_of(SETTLERS), help="How EP settles.", show_default="sweep"),
-]
+    typer.Option(metavar=_of(SETTLERS), help="How EP settles.",
+                 show_default="fixed-point for models with an equilibrium, else sweep"),
+]  # fmt: skip
+Cost = Annotated[
+    str | None,
+    typer.Option(metavar=_of(COSTS), help="What the nudge pulls down.",
+                 show_default="mse for Hopfield models, else cross_entropy"),
+]  # fmt: skip
 Sweeps = Annotated[
-    int | None, typer.Option(min=1, help="Most sweeps per nudged phase (sweep, anderson).")
+    int | None,
+    typer.Option(min=1, help="Most sweeps or rounds per phase (sweep, anderson, fixed-point)."),
 ]
 SettleSteps = Annotated[
     int | None, typer.Option(min=1, help="Most steps per nudged phase (descent).")

@@ -36,7 +36,10 @@ def profile(
         make_model, sizes = choices.network(model, data, depth)
         torch.manual_seed(seed)
         net = make_model().to(device)
-        optimizer = mep.EPOptimizer(net.parameters(), model=net, mode=mode, lr=0.0, momentum=0.9)
+        cost = choices.cost(None, model)
+        optimizer = mep.EPOptimizer(
+            net.parameters(), model=net, mode=mode, cost=cost, lr=0.0, momentum=0.9
+        )
         x, y = data.x_train[:batch].to(device), data.y_train[:batch].to(device)
         layers = f", {sizes['depth']} layers" if "depth" in sizes else ""
         config = {

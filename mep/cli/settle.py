@@ -11,6 +11,8 @@ import typer
 import mep
 from mep.bench import settle as benchmark
 from mep.cli import choices, options
+from mep.cli.names import SYMMETRIC
+from mep.settling import ORDERS
 
 __all__ = ["settle"]
 
@@ -20,7 +22,7 @@ def settle(
     dataset: options.DatasetName = "digits",
     model: options.Model = "deep-mlp",
     depth: options.Depth = None,
-    sweeps: Annotated[int, typer.Option(min=1, help="Sweeps to take.")] = 8,
+    sweeps: Annotated[int, typer.Option(min=1, help="Sweeps or rounds to take.")] = 8,
     settle_steps: Annotated[int, typer.Option(min=1, help="Gradient steps to take.")] = 60,
     beta: options.Beta = None,
     c: options.C = None,
@@ -38,10 +40,12 @@ def settle(
         strength, nudge = choices.nudging(beta, c)
         torch.manual_seed(seed)
         net = make_model().to(device).eval()
-        settlers = {
-            "sweep": mep.Sweep(max_sweeps=sweeps, tol=None),
-            "descent": mep.GradientDescent(max_steps=settle_steps),
-        }
+        settlers = {"descent": mep.GradientDescent(max_steps=settle_steps)}
+        if model in SYMMETRIC:
+            rounds = {order: mep.FixedPoint(sweeps, None, order) for order in ORDERS}
+            settlers = rounds | {"anderson": mep.Anderson(sweeps, None)} | settlers
+        else:
+            settlers = {"sweep": mep.Sweep(max_sweeps=sweeps, tol=None)} | settlers
         layers = f", {sizes['depth']} layers" if "depth" in sizes else ""
         config = {
             "dataset": dataset, **sizes, "label": f"{model}{layers}, {dataset}", "sweeps": sweeps,
@@ -50,5 +54,6 @@ def settle(
         }  # fmt: skip
         x, y = data.x_test.to(device), data.y_test.to(device)
         command = choices.command_line(context)
-        record = benchmark.run(net, x, y, settlers, strength, config, command)
+        cost = choices.cost(None, model)
+        record = benchmark.run(net, x, y, settlers, strength, config, command, cost)
     choices.show(benchmark, record, out, "settling.png")

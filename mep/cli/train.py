@@ -37,6 +37,7 @@ def train(
     stencil: options.Stencil = None,
     beta: options.Beta = None,
     c: options.C = None,
+    cost: options.Cost = None,
     memory_budget: Annotated[
         str | None,
         typer.Option(help="What an EP step may take besides parameters and momentum, as 4MB."),
@@ -80,18 +81,20 @@ def train(
             choices.refuse({"memory_budget": memory_budget}, "--optimizer backprop")
         if memory_budget is not None and settler is None and sweeps is None:
             sweeps = 1  # the only sweep there is within a budget
-        way = _way(optimizer, settler, sweeps, settle_steps, tol, stencil, beta, c)
+        cost = choices.cost(cost, model)
+        way = _way(optimizer, model, settler, sweeps, settle_steps, tol, stencil, beta, c)
         rule = _given(dataset, lr=lr, momentum=momentum, weight_decay=weight_decay)
         course = {**_given(dataset, epochs=epochs, batch_size=batch_size), "schedule": schedule}
         run = contest.Contest(
             data=data,
             model=make_model,
-            arms=_arms(way, memory_budget, compare, rule, deep="depth" in sizes),
+            arms=_arms(way, cost, memory_budget, compare, rule, deep="depth" in sizes),
             training=TrainingConfig(**course),
             seeds=choices.integers("--seeds", seeds),
             config={
                 "dataset": dataset,
                 **sizes,
+                "cost": cost,
                 "optimizer": optimizer,
                 "compare": compare,
                 **(way.config if way else {}),
@@ -103,7 +106,7 @@ def train(
                 "max_samples": max_samples,
                 "device": device,
             },
-            diagnose=partial(mep.diagnose, **way.arguments) if way else None,
+            diagnose=partial(mep.diagnose, cost=cost, **way.arguments) if way else None,
             device=device,
         )
         for make in run.arms.values():
@@ -116,11 +119,12 @@ def train(
     choices.show(contest, record, out, "curves.png")
 
 
-def _way(name: str, *estimator_options: Any) -> choices.Estimator | None:
+def _way(name: str, model: str, *estimator_options: Any) -> choices.Estimator | None:
     """How EP takes its gradient, or None for backprop, which takes none of these options."""
     if choices.pick("--optimizer", name, ("ep", "backprop")) == "ep":
-        return choices.estimator(*estimator_options)
-    given = zip(inspect.signature(choices.estimator).parameters, estimator_options, strict=True)
+        return choices.estimator(model, *estimator_options)
+    names = [*inspect.signature(choices.estimator).parameters][1:]
+    given = zip(names, estimator_options, strict=True)
     choices.refuse(dict(given), "--optimizer backprop")
     return None
 
@@ -133,6 +137,7 @@ def _given(dataset: str, **options_: Any) -> dict[str, Any]:
 
 def _arms(
     way: choices.Estimator | None,
+    cost: str,
     memory_budget: str | None,
     compare: str | None,
     rule: dict[str, float],
@@ -140,14 +145,14 @@ def _arms(
 ) -> dict[str, Callable[[nn.Module], mep.EPOptimizer]]:
     arms = {}
     if way is not None:
-        arguments = {**way.arguments, "memory_budget": memory_budget}
+        arguments = {**way.arguments, "cost": cost, "memory_budget": memory_budget}
         arms[way.label] = partial(_optimizer, arguments, rule, deep)
     if compare is not None:
         choices.pick("--compare", compare, (contest.BACKPROP,))
         if way is None:
             choices.refuse({"compare": compare}, "--optimizer backprop")
     if way is None or compare:
-        arms[contest.BACKPROP] = partial(_optimizer, {"mode": "backprop"}, rule, deep)
+        arms[contest.BACKPROP] = partial(_optimizer, {"mode": "backprop", "cost": cost}, rule, deep)
     return arms
 
 

@@ -35,12 +35,15 @@ class Interaction:
             factor is 1/2: of its weight only the symmetric part acts.
         block: ``g`` and the weighted layer.
         factor: see above.
+        feedback: what carries activities back in the weight's place, of its shape; None for its own
+            transpose. With another there is no energy any more.
     """
 
     source: int
     target: int
     block: ClosedBlock
     factor: float = 1.0
+    feedback: Tensor | None = None
 
     def push(self, a: Tensor) -> tuple[Tensor, Seen]:
         """Returns the current ``W g(a) + b`` into the target, and what was seen of ``a``."""
@@ -61,7 +64,9 @@ class Interaction:
         return torch.complex(*parts)
 
     def _pull(self, point: Any, a: Tensor) -> Tensor:
-        return self.block.pull(point, self.block.product(point, a))
+        if self.feedback is None:
+            return self.block.pull(point, self.block.product(point, a))
+        return self.block.pull(point, self.block.product_through(point, a, self.feedback))
 
     def signals(self, seen: Seen, error: Tensor, scale: float) -> Iterator[Signal]:
         """Yields the signals of ``scale Re(dF/dtheta)``, summed over the batch.

@@ -114,7 +114,8 @@ class Ramp(Unit):
         return s.clamp(self.low, self.high)
 
     def slope(self, s: Tensor) -> Tensor:
-        return ((s > self.low) & (s < self.high)).to(s.dtype)
+        # 1 at the rims, as for clamp: a unit at rest there must be able to leave.
+        return ((s >= self.low) & (s <= self.high)).to(s.dtype)
 
     def own(self, s: Tensor) -> Tensor:
         if self.potential == SQUARE:

@@ -68,6 +68,10 @@ class Energy(ABC):
         """Returns the shapes of all states."""
 
     @abstractmethod
+    def free_output(self, chain: Any, x: Tensor) -> Tensor:
+        """Returns the output of the free equilibrium, with a graph for backprop."""
+
+    @abstractmethod
     def result(self, chain: Any, x: Tensor, states: list[Tensor]) -> Tensor:
         """Returns what the cost looks at."""
 

@@ -72,6 +72,7 @@ class Equilibrium:
     feedback = None
     gain = 1.0
 
+    @torch.no_grad()
     def __init__(
         self, net: Couplings, x: Tensor, target: Tensor, cost: Cost, solver: Solver, beta: float
     ) -> None:

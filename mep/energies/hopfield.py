@@ -13,6 +13,7 @@ from mep.blocks import Feedback, TraceError
 from mep.couplings import Coupled, Couplings, Interaction
 from mep.curvature import Signal
 from mep.energies.costs import Cost
+from mep.energies.differentiable import differentiable_states
 from mep.energies.energy import Energy, Phase
 from mep.energies.equilibrium import (
     Equilibrium,
@@ -34,6 +35,9 @@ from mep.settling import (
 )
 
 __all__ = ["Hopfield"]
+
+# Relative to the states, and a few roundings of float32.
+_CLOSELY = FixedPoint(max_steps=500, tol=1e-6)
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,14 @@ class Hopfield(Energy):
             )
 
     def free_states(self, chain: Couplings, x: Tensor) -> list[Tensor]:
-        return settled_states(chain, x, FixedPoint(max_steps=500, tol=1e-6)).states
+        return settled_states(chain, x, _CLOSELY).states
 
     @torch.no_grad()
     def shapes(self, chain: Couplings, x: Tensor) -> list[tuple[int, ...]]:
         return [tuple(s.shape) for s in forward_start(chain, x).states]
+
+    def free_output(self, chain: Couplings, x: Tensor) -> Tensor:
+        return differentiable_states(chain, x, _CLOSELY, "recurrent").output
 
     def result(self, chain: Couplings, x: Tensor, states: list[Tensor]) -> Tensor:
         return States(chain, x, states).output

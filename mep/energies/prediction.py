@@ -51,6 +51,12 @@ class PredictionError(Energy):
     def shapes(self, chain: Chain, x: Tensor) -> list[tuple[int, ...]]:
         return [tuple(s.shape) for s in chain.free(x)[0]]
 
+    def free_output(self, chain: Chain, x: Tensor) -> Tensor:
+        s = x
+        for block in chain:
+            s, _ = block.predict(s)
+        return s
+
     def result(self, chain: Chain, x: Tensor, states: list[Tensor]) -> Tensor:
         return states[-1]
 

@@ -23,7 +23,6 @@ from mep.contrast import (
     Stencil,
     chain_of,
     check_blockwise,
-    energy_of,
     free_phase,
     free_signals,
     settings,
@@ -161,19 +160,15 @@ class EPOptimizer(Saved):
         self.skipped = self.skipped_in_a_row = self.unsettled = 0
         self.last: Estimate | None = None
         self._buffers = Buffers()
-        if mode == "ep":
-            chosen["energy"] = energy_of(model, energy)
         self.how: Settings = settings(cost=cost_of(cost), **with_settler(chosen))
         defaults = {
             "lr": lr, "lr_scale": 1.0, "momentum": momentum, "weight_decay": weight_decay,
             "nesterov": nesterov,
         }  # fmt: skip
         super().__init__(params, defaults)
-        self._updating.check_model(model)
+        self._updating.check_model(model, self.how.energy)
         if model is not None and (mode == "ep" or self._updating.observes):
-            # Refuse an unreadable model at once.
             chain = chain_of(model, self.how.gradient_method, self.how.energy)
-            self._updating.check_energy(self.how.energy)
             feedback = self._feedback(model)
             if feedback and self.how.settler.feedback == KOLEN_POLLACK:
                 check_learning(self.param_groups, feedback, self.rule)

@@ -60,25 +60,18 @@ class Updating:
         self._alone = parts == [self.rule]
         self.observes = any(part.observes for part in parts)
 
-    def check_energy(self, energy: Energy) -> None:
-        """Refuses a rule that observes signals which the energy does not have.
-
-        Raises:
-            ValueError: naming the rules.
-        """
-        if self.observes and not isinstance(energy, PredictionError):
-            names = ", ".join(type(p).__name__ for p in self.rule.parts() if p.observes)
-            raise ValueError(
-                f"{names} reads curvature off the backward sweep of mep.PredictionError(), which "
-                f"{energy} does not have: use another rule"
-            )
-
-    def check_model(self, model: nn.Module | None) -> None:
-        """Refuses a rule that observes what only a model can give.
+    def check_model(self, model: nn.Module | None, energy: Energy) -> None:
+        """Refuses a rule that observes what model and energy do not give.
 
         Raises:
             ValueError: naming the rule.
         """
+        if self.observes and not isinstance(energy, PredictionError):
+            names = ", ".join(type(part).__name__ for part in self.rule.parts() if part.observes)
+            raise ValueError(
+                f"{names} reads curvature off the backward sweep of mep.PredictionError(), which "
+                f"{energy} does not have: use another rule"
+            )
         if self.observes and model is None:
             raise ValueError(
                 f"`update={type(self.rule).__name__}(...)` needs local signals, and so a model: "

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from mep.contrast import energy_of
 from mep.settling import GradientDescent
 
 __all__ = ["chosen_of", "with_settler"]
@@ -27,7 +28,7 @@ def with_settler(chosen: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen_of(model: nn.Module | None, mode: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options that were given, if anything settles at all.
+    """Returns the options that were given, if anything settles at all, and the model's energy.
 
     Args:
         model: the model, or None.
@@ -45,4 +46,6 @@ def chosen_of(model: nn.Module | None, mode: str, options: dict[str, Any]) -> di
     if chosen and (mode == "backprop" or model is None):
         why = "mode='backprop' does not settle" if model else "without `model` nothing settles"
         raise ValueError(f"{why}: drop {', '.join(sorted(chosen))}")
+    if mode == "ep":
+        chosen["energy"] = energy_of(model, chosen.get("energy"))
     return chosen
