@@ -1,6 +1,7 @@
 """Symmetric couplings: forces, contrasts, solvers and estimators against autograd and algebra."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import pickle
@@ -12,7 +13,7 @@ from problems import EXACT
 from torch import nn
 
 import mep
-from mep.couplings import couplings_of
+from mep.couplings import Couplings, couplings_of
 from mep.energies import Relaxation, States, contraction, cost_of, settled_states
 from mep.models import EquilibriumNet, LoopedMLP, hopfield_cnn, hopfield_mlp
 
@@ -403,6 +404,14 @@ def test_the_looped_net_is_a_fixed_point_of_its_equation():
         torch.testing.assert_close(model(x), part["output"](h), rtol=1e-9, atol=1e-9)
 
 
+def test_free_states_of_units_without_a_closed_rest_come_downhill():
+    model, (x, y) = net_of("tanh, square"), batch()
+    states = mep.free_states(model, x)
+    forces = mep.state_gradients(model, x, states, y, beta=0.0, cost="mse")
+    size = max(float(s.norm()) for s in states)
+    assert max(float(f.norm()) for f in forces) < 1e-5 * size
+
+
 def settings_of(name):
     return {"cost": NETS[name][1], "beta": 0.2, "stencil": mep.centered}
 
@@ -541,3 +550,41 @@ def test_fixed_point_options_are_checked():
         mep.FixedPoint(max_steps=0)
     with pytest.raises(ValueError, match="number of nodes"):
         mep.holomorphic(1)
+
+
+@pytest.mark.parametrize("name", ["tanh", "looped", "clipped"])
+def test_diagnose_compares_with_backprop_through_the_equilibrium(name):
+    model, (x, y) = net_of(name), batch()
+    before = [p.detach().clone() for p in model.parameters()]
+    found = mep.diagnose(
+        model, x, y, cost=NETS[name][1], beta=0.02, stencil=mep.centered,
+        settler=mep.FixedPoint(300, 1e-4),
+    )  # fmt: skip
+    assert found.regime == "finite nudge" and found.cosine > 0.999
+    assert found.layers_with_gradient == len(found.layers) == 3
+    assert found.displacement_ratio == pytest.approx(1.0, abs=0.01)
+    assert found.c == pytest.approx(0.02)
+    for p, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, b)
+
+
+def test_feedback_of_its_own_replaces_the_transpose():
+    model, (x, _) = net_of("tanh"), batch()
+    net = model.couplings()
+
+    def settled(change):
+        bent = [
+            dataclasses.replace(c, feedback=c.block.layer.weight.detach() + change)
+            for c in net.interactions
+        ]
+        return settled_states(Couplings(net.units, bent, net.readout), x, DEEP).states[0]
+
+    reference = settled_states(net, x, DEEP).states[0]
+    torch.testing.assert_close(settled(0.0), reference, rtol=1e-12, atol=1e-12)
+    assert (settled(0.1) - reference).abs().max() > 1e-3
+
+
+def test_a_state_needs_something_from_below():
+    net = net_of("tanh").couplings()
+    with pytest.raises(ValueError, match="no interaction from below"):
+        Couplings(net.units, net.interactions[1:])

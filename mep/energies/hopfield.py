@@ -38,6 +38,7 @@ __all__ = ["Hopfield"]
 
 # Relative to the states, and a few roundings of float32.
 _CLOSELY = FixedPoint(max_steps=500, tol=1e-6)
+_DOWNHILL = GradientDescent(max_steps=2000, lr=0.1, momentum=0.5, tol=1e-6, patience=2000)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Hopfield(Energy):
             )
 
     def free_states(self, chain: Couplings, x: Tensor) -> list[Tensor]:
-        return settled_states(chain, x, _CLOSELY).states
+        rests = all(unit.has_rest for unit in chain.units)
+        return settled_states(chain, x, _CLOSELY if rests else _DOWNHILL).states
 
     @torch.no_grad()
     def shapes(self, chain: Couplings, x: Tensor) -> list[tuple[int, ...]]:
