@@ -1,7 +1,7 @@
 """Model -> Couplings: units with states, and symmetric interactions between their activities."""
 
 from mep.couplings.net import Coupled, Couplings, Interaction, block_of, couplings_of
-from mep.couplings.units import CONJUGATE, SQUARE, Linear, Unit, unit_of
+from mep.couplings.units import CONJUGATE, SQUARE, Linear, Ramp, Unit, unit_of
 
 __all__ = [
     "CONJUGATE",
@@ -10,6 +10,7 @@ __all__ = [
     "Couplings",
     "Interaction",
     "Linear",
+    "Ramp",
     "Unit",
     "block_of",
     "couplings_of",

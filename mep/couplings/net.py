@@ -45,6 +45,11 @@ class Interaction:
     factor: float = 1.0
     feedback: Tensor | None = None
 
+    @property
+    def linear(self) -> bool:
+        """Whether what is pulled does not depend on the activity that it is pulled to."""
+        return not any(isinstance(op, MaxPool2d) for op in self.block.operations)
+
     def push(self, a: Tensor) -> tuple[Tensor, Seen]:
         """Returns the current ``W g(a) + b`` into the target, and what was seen of ``a``."""
         if not a.is_complex():
@@ -150,8 +155,8 @@ class Couplings:
     @property
     def analytic(self) -> bool:
         """Whether states may be complex."""
-        pools = any(isinstance(op, MaxPool2d) for b in self.blocks for op in b.operations)
-        return all(unit.analytic for unit in self.units) and not pools
+        every = [*self.interactions, *([] if self.readout is None else [self.readout])]
+        return all(c.linear for c in every) and all(unit.analytic for unit in self.units)
 
 
 @runtime_checkable

@@ -58,9 +58,9 @@ class Unit(ABC):
     def rest(self, current: Tensor) -> Tensor:
         """Returns the state of lowest energy under a current."""
 
-    def imbalance(self, s: Tensor, current: Tensor) -> Tensor:
-        """Returns the force that is left, 0 at rest: the least one where a kink allows several."""
-        return self.force(s, current)
+    def activity_at_rest(self, s: Tensor) -> Tensor:
+        """Returns ``rho(s)`` for a state that ``rest`` has returned."""
+        return self.activity(s)
 
     def kept(self, s: Tensor) -> Tensor:
         """Returns a state moved back to where it may be."""
@@ -110,7 +110,6 @@ class Ramp(Unit):
     potential: str
 
     def activity(self, s: Tensor) -> Tensor:
-        # A square unit never leaves its box once it has been at rest; the clip costs little.
         return s.clamp(self.low, self.high)
 
     def slope(self, s: Tensor) -> Tensor:
@@ -133,8 +132,8 @@ class Ramp(Unit):
         # A conjugate unit has no force outside its box: it may as well stay at the rim.
         return current.clamp(self.low, self.high)
 
-    def imbalance(self, s: Tensor, current: Tensor) -> Tensor:
-        return s - self.rest(current)
+    def activity_at_rest(self, s: Tensor) -> Tensor:
+        return s
 
     def kept(self, s: Tensor) -> Tensor:
         return s.clamp(self.low, self.high)

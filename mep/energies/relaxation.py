@@ -7,7 +7,7 @@ rest of the net as its current ``I_i``, what all interactions push up and pull d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mep.blocks import sample_norm
-from mep.couplings import Couplings, Unit
+from mep.couplings import Couplings, Ramp
 from mep.energies.costs import Cost
 from mep.settling import ALTERNATING, BACKWARD, FORWARD, SYNCHRONOUS, Residual
 
@@ -27,6 +27,10 @@ class States:
 
     Whatever an interaction has pushed or pulled is kept until a state that it depends on changes:
     the currents behind a residual are those of the next step, and the input pushes only once.
+
+    Attributes:
+        rests: by number from 0, where a unit comes to rest under its current; None if not known.
+        resting: whether a state is that very rest.
 
     Args:
         net: the couplings.
@@ -49,6 +53,9 @@ class States:
         self._activities: list[Tensor | None] = [x, *(None for _ in states)]
         self._pushed: list[Any] = [None for _ in net.interactions]
         self._pulled: list[Tensor | None] = [None for _ in net.interactions]
+        self._currents: list[Tensor | None] = [None for _ in states]
+        self.rests: list[Tensor | None] = [None for _ in states]
+        self.resting = [False for _ in states]
         self._read: tuple[Tensor, Any] | None = None
 
     def copy(self) -> States:
@@ -56,6 +63,7 @@ class States:
         twin = States(self.net, self.x, self._states, self.origin)
         twin._activities = list(self._activities)
         twin._pushed, twin._pulled = list(self._pushed), list(self._pulled)
+        twin._currents = list(self._currents)
         twin._read = self._read
         return twin
 
@@ -76,16 +84,35 @@ class States:
         assert found is not None
         return found
 
-    def put(self, i: int, s: Tensor) -> None:
-        """Changes ``s_i``, from 1."""
+    def put(self, i: int, s: Tensor, activity: Tensor | None = None) -> None:
+        """Changes ``s_i``, from 1; its activity may be known already."""
+        interactions = self.net.interactions
         self._states[i - 1] = s
-        self._activities[i] = None
+        self._activities[i] = activity
+        self.resting[i - 1] = False
         for k in self.net.out_of[i - 1]:
             self._pushed[k] = None
+            self._forget(interactions[k].target)
+            if not interactions[k].linear:  # what is pulled depends on where it comes to
+                self._pulled[k] = None
+                self._forget(i)
         for k in self.net.into[i - 1]:
             self._pulled[k] = None
+            self._forget(interactions[k].source)
         if i == len(self._states):
             self._read = None
+
+    def _forget(self, i: int) -> None:
+        """The current of ``s_i`` has changed."""
+        if i > 0:
+            self._currents[i - 1] = self.rests[i - 1] = None
+            self.resting[i - 1] = False
+
+    def put_to_rest(self, i: int, s: Tensor) -> None:
+        """Changes ``s_i`` to the rest under a current, which other changes may have outdated."""
+        valid = self._currents[i - 1] is not None
+        self.put(i, s, self.net.units[i - 1].activity_at_rest(s))
+        self.resting[i - 1] = valid and self._currents[i - 1] is not None
 
     def activity(self, i: int) -> Tensor:
         """``rho(s_i)``; the input itself for ``i = 0``."""
@@ -111,10 +138,12 @@ class States:
 
     def current(self, i: int) -> Tensor:
         """``I_i``, all that the other states send to ``s_i``."""
-        net = self.net
-        terms = [(self.pushed(k)[0], net.interactions[k].factor) for k in net.into[i - 1]]
-        terms += [(self.pulled(k), net.interactions[k].factor) for k in net.out_of[i - 1]]
-        return _sum(terms)
+        known, net = self._currents[i - 1], self.net
+        if known is None:
+            terms = [(self.pushed(k)[0], net.interactions[k].factor) for k in net.into[i - 1]]
+            terms += [(self.pulled(k), net.interactions[k].factor) for k in net.out_of[i - 1]]
+            known = self._currents[i - 1] = _sum(terms)
+        return known
 
     def from_below(self, i: int) -> Tensor:
         """The part of ``I_i`` that comes from states below ``i``."""
@@ -203,12 +232,20 @@ class Relaxation:
         for group in self._orders[order]:
             rests = [(i, self._rest(at, i)) for i in group]
             for i, s in rests:
-                at.put(i, s)
+                if self._nudged(i):  # where it comes to rest depends on where it is
+                    at.put(i, s)
+                else:
+                    at.put_to_rest(i, s)
         return at
 
     def _rest(self, at: States, i: int) -> Tensor:
-        unit, last = self.net.units[i - 1], i == len(self.net.units)
-        if self.beta == 0 or not last or self.net.readout is not None:
+        unit = self.net.units[i - 1]
+        if not self._nudged(i):
+            known = at.rests[i - 1]
+            if known is None:
+                known = at.rests[i - 1] = unit.rest(at.current(i))
+            return known
+        if self.net.readout is not None:
             return unit.rest(self._current(at, i))
         # The output's own s = I - beta dC/ds(s), with the cost's curvature h taken out of dC/ds:
         # solved exactly where the cost is a square.
@@ -216,11 +253,12 @@ class Relaxation:
         h = self.beta * self.cost.curvature
         return (self._current(at, i) + h * at[i]) / (1 + h)
 
+    def _nudged(self, i: int) -> bool:
+        return self.beta != 0 and i == len(self.net.units)
+
     def _current(self, at: States, i: int) -> Tensor:
         current = at.current(i)
-        if self.beta == 0 or i < len(self.net.units):
-            return current
-        return current - self.beta * self._nudge(at)
+        return current - self.beta * self._nudge(at) if self._nudged(i) else current
 
     def _nudge(self, at: States) -> Tensor:
         """``dC/drho(s_n)``: what a nudge of strength 1 takes from the last current."""
@@ -247,18 +285,30 @@ class Relaxation:
         return States(self.net, self._start.x, unknowns, self._start.origin)
 
     def forces(self, at: States) -> tuple[list[Tensor], Residual]:
-        found = [unit.force(s, current) for unit, s, current in self._seen(at)]
+        units = enumerate(self.net.units, 1)
+        found = [unit.force(at[i], self._current(at, i)) for i, unit in units]
         return found, self.residual(at)
 
     def residual(self, at: States) -> Residual:
-        left = [unit.imbalance(s, current) for unit, s, current in self._seen(at)]
-        force = torch.stack([sample_norm(f) for f in left]).norm(dim=0)
+        states = range(1, len(self.net.units) + 1)
+        left = [self._imbalance(at, i) for i in states if not at.resting[i - 1]]
+        force = _norm(left) if left else at.x.new_zeros(len(at.x))
         if self.target is None:
-            size = torch.stack([sample_norm(s) for s in at.states]).norm(dim=0)
-            return Residual.of(force, size)
-        nudge = self.net.units[-1].slope(at[len(self.net.units)]) * self._nudge(at)
+            return Residual.of(force, _norm(at.states))
+        nudge = self._nudge(at)
+        if self.net.readout is not None:
+            nudge = self.net.units[-1].slope(at[states[-1]]) * nudge
         return Residual.of(force, sample_norm(nudge) * self._reference)
 
-    def _seen(self, at: States) -> Iterator[tuple[Unit, Tensor, Tensor]]:
-        for i, unit in enumerate(self.net.units, 1):
-            yield unit, at[i], self._current(at, i)
+    def _imbalance(self, at: States, i: int) -> Tensor:
+        """The force that is left, the least one where a kink allows several."""
+        unit = self.net.units[i - 1]
+        if isinstance(unit, Ramp):
+            return at[i] - self._rest(at, i)
+        return unit.force(at[i], self._current(at, i))
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """The norm of every sample over all tensors, ``(B,)``."""
+    norms = [sample_norm(t) for t in tensors]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm(dim=0)
