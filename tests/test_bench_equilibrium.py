@@ -17,11 +17,12 @@ def test_every_arm_is_timed_and_weighed(measured):
     record, out = measured
     entries = {entry["arm"]: entry for entry in record.summary["arms"]}
     assert list(entries) == [
-        "backprop, feedforward net", "backprop through time", "recurrent backprop", "EP",
+        "backprop, feedforward net", "backprop through time", "recurrent backprop",
+        "EP, centered (two nudged phases)", "EP, random sign (one nudged phase)",
     ]  # fmt: skip
     assert entries["backprop, feedforward net"]["ratio"] == 1.0
     assert all(entry["extra"] > 0 and entry["ms"] > 0 for entry in entries.values())
-    assert len(record.rows) == 4 * record.config["rounds"]
+    assert len(record.rows) == 5 * record.config["rounds"]
     assert (out / "equilibrium.png").read_bytes().startswith(PNG)
 
 

@@ -83,6 +83,7 @@ def test_the_defaults_reach_97_percent_on_digits(tmp_path):
         (("--model", "hopfield-cnn"), {"cost": "mse", "channels": [32, 64]}),
         (("--model", "looped"), {"cost": "cross_entropy", "settler": "fixed-point"}),
         (("--cost", "mse"), {"cost": "mse"}),
+        (("--spectral", 0.5), {"spectral": 0.5}),
         (("--model", "deep-mlp"), {"model": "deep-mlp", "depth": 10}),
         (("--model", "deep-mlp", "--depth", 4), {"depth": 4}),
         (("--optimizer", "backprop"), {"optimizer": "backprop"}),

@@ -197,6 +197,10 @@ def test_only_matrices_of_layers_are_held():
     assert not holds(torch.ones(2, 3), "embedding")
     assert not holds(torch.ones(3), "vector")
     assert not holds(torch.ones(0, 3), "hidden")
+    inside = SpectralNorm(ends=False).holds_for
+    assert [r for r in ("hidden", "first", "last", "only") if inside(torch.ones(2, 3), r)] == [
+        "hidden"
+    ]
 
 
 def test_embedding_is_left_alone():

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["NETS", "EquilibriumConfig", "plot", "run", "table"]
 
 PLAIN, TIME = "backprop, feedforward net", "backprop through time"
-RECURRENT, EP = "recurrent backprop", "EP"
+RECURRENT, EP = "recurrent backprop", "EP, centered (two nudged phases)"
+SIGNED = "EP, random sign (one nudged phase)"
 _MOMENTUM, _RATE = 0.9, 0.05
 # Settled in float64 to the last digit, on a few samples.
 _DEEP, _FEW = mep.FixedPoint(300, None), 16
@@ -117,7 +118,8 @@ def run(config: EquilibriumConfig, data: Dataset, command: str) -> Record:
         order = torch.randperm(len(data.x_train))
         _train(model, data, order, config, {"cost": cost, **config.options})
         _train(twin, data, order, config, {"cost": cost, "mode": "backprop"})
-        x, y = data.x_test[: config.batch], data.y_test[: config.batch]
+        # Copies: a view would be weighed with all that it is a view of.
+        x, y = data.x_test[: config.batch].clone(), data.y_test[: config.batch].clone()
         arms = _arms(model, twin, cost, config, x, y)
         memory = {name: _measured(arm) for name, arm in arms.items()}
         turns = {name: arm.step for name, arm in arms.items()}
@@ -198,10 +200,13 @@ def _arms(
             net.backward = str(backward)
         sgd = torch.optim.SGD(net.parameters(), lr=0.0, momentum=_MOMENTUM, fused=True)
         found[name] = _Arm(net, sgd, cost, x, y)
-    net = copy.deepcopy(model)
-    options = {"cost": cost, **config.options}
-    ep = mep.EPOptimizer(net.parameters(), model=net, lr=0.0, momentum=_MOMENTUM, **options)
-    return found | {EP: _Arm(net, ep, cost, x, y)}
+    signs = mep.random_sign(torch.Generator().manual_seed(config.seed))
+    for name, stencil in ((EP, mep.centered), (SIGNED, signs)):
+        net = copy.deepcopy(model)
+        options = {"cost": cost, **config.options, "stencil": stencil}
+        ep = mep.EPOptimizer(net.parameters(), model=net, lr=0.0, momentum=_MOMENTUM, **options)
+        found[name] = _Arm(net, ep, cost, x, y)
+    return found
 
 
 def _measured(arm: _Arm) -> int:

@@ -72,7 +72,8 @@ def run(config: LoopedConfig, data: Dataset, command: str) -> Record:
     Returns:
         The record: a row per size and arm, and per timed round.
     """
-    x, y = data.x_train[: config.batch], data.y_train[: config.batch]
+    # Copies: a view would be weighed with all that it is a view of.
+    x, y = data.x_train[: config.batch].clone(), data.y_train[: config.batch].clone()
     rows: list[dict[str, Any]] = []
     summary: list[dict[str, Any]] = []
     for hidden in progress(config.hidden, "looped", transient=True):

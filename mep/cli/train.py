@@ -42,6 +42,10 @@ def train(
         str | None,
         typer.Option(help="What an EP step may take besides parameters and momentum, as 4MB."),
     ] = None,
+    spectral: Annotated[
+        float | None,
+        typer.Option(help="Largest spectral norm of every weight but the first and the last."),
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the data.", show_default="by data set")
     ] = None,
@@ -84,11 +88,14 @@ def train(
         cost = choices.cost(cost, model)
         way = _way(optimizer, model, settler, sweeps, settle_steps, tol, stencil, beta, c)
         rule = _given(dataset, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        common: dict[str, Any] = {"cost": cost}
+        if spectral is not None:
+            common["constraint"] = mep.SpectralNorm(spectral, ends=False)
         course = {**_given(dataset, epochs=epochs, batch_size=batch_size), "schedule": schedule}
         run = contest.Contest(
             data=data,
             model=make_model,
-            arms=_arms(way, cost, memory_budget, compare, rule, deep="depth" in sizes),
+            arms=_arms(way, common, memory_budget, compare, rule, deep="depth" in sizes),
             training=TrainingConfig(**course),
             seeds=choices.integers("--seeds", seeds),
             config={
@@ -99,6 +106,7 @@ def train(
                 "compare": compare,
                 **(way.config if way else {}),
                 **({"memory_budget": memory_budget} if memory_budget else {}),
+                **({"spectral": spectral} if spectral is not None else {}),
                 **rule,
                 "depth_scale": "depth" in sizes,  # lr / depth for the hidden layers, in both arms
                 **course,
@@ -137,7 +145,7 @@ def _given(dataset: str, **options_: Any) -> dict[str, Any]:
 
 def _arms(
     way: choices.Estimator | None,
-    cost: str,
+    common: Mapping[str, Any],
     memory_budget: str | None,
     compare: str | None,
     rule: dict[str, float],
@@ -145,14 +153,14 @@ def _arms(
 ) -> dict[str, Callable[[nn.Module], mep.EPOptimizer]]:
     arms = {}
     if way is not None:
-        arguments = {**way.arguments, "cost": cost, "memory_budget": memory_budget}
+        arguments = {**way.arguments, **common, "memory_budget": memory_budget}
         arms[way.label] = partial(_optimizer, arguments, rule, deep)
     if compare is not None:
         choices.pick("--compare", compare, (contest.BACKPROP,))
         if way is None:
             choices.refuse({"compare": compare}, "--optimizer backprop")
     if way is None or compare:
-        arms[contest.BACKPROP] = partial(_optimizer, {"mode": "backprop", "cost": cost}, rule, deep)
+        arms[contest.BACKPROP] = partial(_optimizer, {"mode": "backprop", **common}, rule, deep)
     return arms
 
 

@@ -48,6 +48,8 @@ class SpectralNorm(Constraint):
         bound: > 0; None for ``max(1, sigma)`` of each weight at construction.
         conv: ``"flattened"``, or ``"operator"``: the operator norm for kernels of four dimensions.
         size: (height, width) of the images that kernels act on, for ``conv="operator"`` only.
+        ends: False leaves the first and the last weight of a model alone, such as those into and
+            out of a recurrent one.
 
     Raises:
         TypeError, ValueError: if an option does not fit.
@@ -65,6 +67,7 @@ class SpectralNorm(Constraint):
     bound: float | None = None
     conv: Literal["flattened", "operator"] = "flattened"
     size: tuple[int, int] | None = None
+    ends: bool = True
 
     def __post_init__(self) -> None:
         if self.bound is not None:
@@ -96,7 +99,7 @@ class SpectralNorm(Constraint):
 
     def holds_for(self, parameter: Tensor, role: str) -> bool:
         matrix = role not in ("embedding", "vector") and parameter.dim() >= 2
-        return matrix and parameter.numel() > 0
+        return matrix and parameter.numel() > 0 and (self.ends or role == "hidden")
 
     @torch.no_grad()
     def prepare(self, parameter: Tensor, state: dict[str, Any]) -> None:

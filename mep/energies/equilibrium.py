@@ -42,7 +42,7 @@ def settled_states(net: Couplings, x: Tensor, solver: Solver) -> Settled:
         warnings.warn(
             f"the equilibrium was not reached: median residual {found.median:.2g} of the states "
             f"after {found.steps} steps; allow more, or bound the weights "
-            "(constraint=mep.SpectralNorm(0.9))",
+            "(constraint=mep.SpectralNorm(0.9, ends=False))",
             stacklevel=3,
         )
     return found

@@ -170,7 +170,7 @@ class Hopfield(Energy):
             return f"{known}: it contracts, give it more than {solver.max_steps} steps"
         return (
             f"{known}, and nothing attracts from 1 on: bound the weights "
-            "(constraint=mep.SpectralNorm(0.9)), start them smaller, or use "
+            "(constraint=mep.SpectralNorm(0.9, ends=False)), start them smaller, or use "
             "settler=mep.Anderson() or mep.GradientDescent(...)"
         )
 

@@ -83,7 +83,7 @@ class LoopedMLP(EquilibriumNet):
 
     ``S`` is the symmetric part of the recurrent weight, so that ``h`` is a minimum of ``E(h) =
     sum_i int_0^{h_i} artanh - 1/2 h^T S h - h^T (W_x x + b_x + b_h / 2)``, the only one if the
-    norm of ``S`` is below 1: ``mep.SpectralNorm(0.9)`` keeps it there.
+    norm of ``S`` is below 1: ``mep.SpectralNorm(0.9, ends=False)`` keeps it there.
 
     Args:
         in_features: size of the flattened input.
