@@ -14,7 +14,14 @@ from torch import nn
 
 import mep
 from mep.couplings import Couplings, couplings_of
-from mep.energies import Relaxation, States, contraction, cost_of, settled_states
+from mep.energies import (
+    Relaxation,
+    States,
+    contraction,
+    cost_of,
+    forward_start,
+    settled_states,
+)
 from mep.models import EquilibriumNet, LoopedMLP, hopfield_cnn, hopfield_mlp
 
 # All samples settled to the last digit, not just half of them below a tolerance: a round takes off
@@ -82,7 +89,7 @@ def batch(samples=4):
 
 def random_states(model, x):
     generator = torch.Generator().manual_seed(2)
-    shapes = [s.shape for s in mep.free_states(model, x)]
+    shapes = [s.shape for s in forward_start(model.couplings(), x).states]
     return [torch.randn(shape, generator=generator, dtype=x.dtype) for shape in shapes]
 
 
@@ -588,3 +595,34 @@ def test_a_state_needs_something_from_below():
     net = net_of("tanh").couplings()
     with pytest.raises(ValueError, match="no interaction from below"):
         Couplings(net.units, net.interactions[1:])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_kept_of_states_is_what_new_ones_would_compute(name):
+    """After any sequence of changes, read or not in between."""
+    model, (x, _) = net_of(name), batch()
+    net = model.couplings()
+    count = len(net.units)
+    generator = torch.Generator().manual_seed(0)
+    at = States(net, x, random_states(model, x))
+    for _ in range(12):
+        i = int(torch.randint(1, count + 1, (), generator=generator))
+        at.put(i, torch.randn(at[i].shape, generator=generator, dtype=x.dtype))
+        j = int(torch.randint(1, count + 1, (), generator=generator))
+        fresh = States(net, x, at.states)
+        torch.testing.assert_close(at.current(j), fresh.current(j), rtol=0, atol=0)
+        torch.testing.assert_close(at.output, fresh.output, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in NETS if "square" not in name])
+@pytest.mark.parametrize("order", mep.settling.ORDERS)
+def test_what_is_said_to_rest_has_no_force(name, order):
+    model, (x, y) = net_of(name), batch()
+    net, cost = model.couplings(), cost_of(NETS[name][1])
+    at = States(net, x, random_states(model, x))
+    problem = Relaxation(at, cost, cost.prepare(y, at.output), 0.3, 0.3)
+    for _ in range(3):
+        at = problem.relax(at, order)
+        fresh = States(net, x, at.states)
+        found, truth = problem.residual(at), problem.residual(fresh)
+        torch.testing.assert_close(found.per_sample, truth.per_sample, rtol=1e-9, atol=1e-12)
