@@ -125,10 +125,11 @@ def diagnose(
 
     Source: the regimes are this library's own; see the README.
     """
-    how = settings(
-        cost=cost, beta=beta, settler=settler, stencil=stencil,
-        energy=energy_of(model, energy), gradient_method=gradient_method,
-    )  # fmt: skip
+    with torch.random.fork_rng():  # a stencil may draw, too
+        how = settings(
+            cost=cost, beta=beta, settler=settler, stencil=stencil,
+            energy=energy_of(model, energy), gradient_method=gradient_method,
+        )  # fmt: skip
     twin = copy.deepcopy(model)  # running statistics of the model itself stay as they are
     chain = chain_of(twin, how.gradient_method, how.energy)
     with torch.random.fork_rng():

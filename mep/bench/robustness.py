@@ -60,6 +60,9 @@ class _Noisy:
         a = self.unit.activity(s)
         return a + self.deviation * torch.randn_like(a)
 
+    def activity_at_rest(self, s: Tensor) -> Tensor:
+        return self.activity(s)
+
 
 def robustness(
     model: mep.models.EquilibriumNet,
@@ -143,5 +146,5 @@ def _round_weights(model: nn.Module, bits: int) -> None:
     """Rounds every matrix and kernel to ``2^bits - 1`` levels, evenly spaced about zero."""
     for p in model.parameters():
         if p.dim() > 1:
-            step = p.abs().max() / (2 ** (bits - 1) - 1)
+            step = p.abs().max().clamp(min=1e-30) / (2 ** (bits - 1) - 1)
             p.copy_((p / step).round() * step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -76,6 +77,15 @@ def five_point(beta: float) -> Nodes:
     )
 
 
+@dataclass(frozen=True)
+class _RandomSign:
+    generator: torch.Generator | None
+
+    def __call__(self, beta: float) -> Nodes:
+        drawn = torch.randint(2, (), generator=self.generator)
+        return one_sided(beta if int(drawn) else -beta)
+
+
 def random_sign(generator: torch.Generator | None = None) -> Stencil:
     """``one_sided`` with a nudge of either sign, drawn anew at every call: one nudged phase.
 
@@ -93,11 +103,21 @@ def random_sign(generator: torch.Generator | None = None) -> Stencil:
 
     Source: Scellier & Bengio 2017, sec. 3.5.
     """
+    return _RandomSign(generator)
 
-    def signed(beta: float) -> Nodes:
-        return one_sided(beta if int(torch.randint(2, (), generator=generator)) else -beta)
 
-    return signed
+@dataclass(frozen=True)
+class _Holomorphic:
+    n: int
+
+    def __call__(self, beta: float) -> Nodes:
+        table = []
+        for k in range(self.n // 2 + 1):
+            alone = 2 * k % self.n == 0  # on the real axis
+            turn = cmath.exp(2j * math.pi * k / self.n)
+            b = beta * (turn.real if alone else turn)
+            table.append((b, (1 if alone else 2) / (self.n * b)))
+        return tuple(table)
 
 
 def holomorphic(n: int) -> Stencil:
@@ -123,14 +143,4 @@ def holomorphic(n: int) -> Stencil:
     """
     if not isinstance(n, int) or n < 2:
         raise ValueError(f"`holomorphic(n)` needs a whole number of nodes >= 2, got {n!r}")
-
-    def nodes(beta: float) -> Nodes:
-        table = []
-        for k in range(n // 2 + 1):
-            alone = 2 * k % n == 0  # on the real axis
-            turn = cmath.exp(2j * math.pi * k / n)
-            b = beta * (turn.real if alone else turn)
-            table.append((b, (1 if alone else 2) / (n * b)))
-        return tuple(table)
-
-    return nodes
+    return _Holomorphic(n)

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from mep.blocks import Chain, ClosedBlock, TraceError
 from mep.blocks.layers import layer_of
-from mep.blocks.operations import MaxPool2d, operation_of
-from mep.couplings.units import POTENTIALS, SQUARE, Linear, Unit, unit_of
+from mep.blocks.operations import AvgPool2d, Dropout, MaxPool2d, Reshape, operation_of
+from mep.couplings.units import POTENTIALS, Linear, Unit, unit_of
 from mep.curvature import Signal
 
 __all__ = ["Coupled", "Couplings", "Interaction", "block_of", "couplings_of"]
+
+
+# What may stand between an activity and a layer.
+_KEPT = (AvgPool2d, MaxPool2d, Reshape)
 
 
 class Seen(NamedTuple):
@@ -48,7 +52,7 @@ class Interaction:
     @property
     def linear(self) -> bool:
         """Whether what is pulled does not depend on the activity that it is pulled to."""
-        return not any(isinstance(op, MaxPool2d) for op in self.block.operations)
+        return all(isinstance(op, (AvgPool2d, Reshape)) for op in self.block.operations)
 
     def push(self, a: Tensor) -> tuple[Tensor, Seen]:
         """Returns the current ``W g(a) + b`` into the target, and what was seen of ``a``."""
@@ -109,7 +113,7 @@ class Couplings:
         by_autograd: whether contrasts are differences of energies, differentiated (the reference).
 
     Raises:
-        ValueError: if a state has no interaction from below.
+        ValueError: if a state has no interaction from below, or the output is no linear unit.
     """
 
     def __init__(
@@ -131,6 +135,13 @@ class Couplings:
         for i, into in zip(states, self.into, strict=True):
             if not any(interactions[k].source < i for k in into):
                 raise ValueError(f"state {i} has no interaction from below: where should it start?")
+        if readout is None and not isinstance(self.units[-1], Linear):
+            raise ValueError(
+                "without a read-out the last state is the output, and its unit must be Linear(), "
+                f"not {self.units[-1]}"
+            )
+        if readout is not None and readout.source != len(units):
+            raise ValueError(f"a read-out reads state {len(units)}, not {readout.source}")
 
     @property
     def blocks(self) -> list[ClosedBlock]:
@@ -188,7 +199,7 @@ def block_of(name: str, *modules: nn.Module) -> ClosedBlock:
     return ClosedBlock(name, [*modules], [op for op in operations if op is not None], layer)
 
 
-def couplings_of(chain: Chain, *, potential: str = SQUARE, readout: bool = False) -> Couplings:
+def couplings_of(chain: Chain, *, potential: str | None = None, readout: bool = False) -> Couplings:
     """Reads a chain as a net of symmetric couplings.
 
     Every weighted layer couples two states, and its transpose carries activities back. The
@@ -198,7 +209,8 @@ def couplings_of(chain: Chain, *, potential: str = SQUARE, readout: bool = False
     Args:
         chain: of closed-form blocks: Linear and Conv2d, each but the first behind a bounded
             activation.
-        potential: ``"square"`` or ``"conjugate"``, the units' own energy.
+        potential: ``"square"`` or ``"conjugate"``, the units' own energy; by default square for
+            ramps and conjugate for smooth units.
         readout: whether the last layer is no part of the equilibrium: its output is then a plain
             function of the last activity. Otherwise the output is a state like the others, whose
             activity is itself.
@@ -216,14 +228,23 @@ def couplings_of(chain: Chain, *, potential: str = SQUARE, readout: bool = False
     Source: Scellier & Bengio 2017, sec. 3; with pooling: Ernoult et al. 2019; with a read-out:
     Laborieux et al. 2021.
     """
-    if potential not in POTENTIALS:
+    if potential is not None and potential not in POTENTIALS:
         raise ValueError(f"`potential` must be one of {POTENTIALS}, got {potential!r}")
     reasons: list[str] = []
     blocks, units = [], []
     for number, block in enumerate(chain.blocks):
         if not isinstance(block, ClosedBlock) or block.layer is None:
-            reasons.append(f"`{block.name}` ({block.describe()}) is no Linear or Conv2d layer")
+            reasons.append(
+                f"`{block.name}` ({block.describe()}) is no plain Linear or Conv2d layer behind "
+                "activation and pooling (modules with hooks are none)"
+            )
             continue
+        other = [op for op in block.operations[number > 0 :] if not isinstance(op, _KEPT)]
+        if other and (number > 0 or any(isinstance(op, Dropout) for op in other)):
+            reasons.append(
+                f"`{block.name}` ({block.describe()}): between an activity and a layer there may "
+                "only be pooling and reshaping, for what comes back has to take the same way"
+            )
         if number == 0:
             blocks.append(block)
             continue

@@ -56,7 +56,15 @@ class Unit(ABC):
 
     @abstractmethod
     def rest(self, current: Tensor) -> Tensor:
-        """Returns the state of lowest energy under a current."""
+        """Returns the state of lowest energy under a current, if ``has_rest``."""
+
+    def start(self, current: Tensor) -> Tensor:
+        """Returns a state to start from under a current."""
+        return self.rest(current)
+
+    def imbalance(self, s: Tensor, current: Tensor) -> Tensor:
+        """Returns what is left to settle: the force, or what agrees with it near rest."""
+        return self.force(s, current)
 
     def activity_at_rest(self, s: Tensor) -> Tensor:
         """Returns ``rho(s)`` for a state that ``rest`` has returned."""
@@ -135,6 +143,9 @@ class Ramp(Unit):
     def activity_at_rest(self, s: Tensor) -> Tensor:
         return s
 
+    def imbalance(self, s: Tensor, current: Tensor) -> Tensor:
+        return s - self.rest(current)  # the least force, where a kink allows several
+
     def kept(self, s: Tensor) -> Tensor:
         return s.clamp(self.low, self.high)
 
@@ -181,7 +192,25 @@ class Smooth(Unit):
         return self.slope(s) * (s - current)
 
     def rest(self, current: Tensor) -> Tensor:
+        assert self.has_rest, "smooth units of the square potential have no rest in closed form"
         return current
+
+    def start(self, current: Tensor) -> Tensor:
+        return current
+
+    def imbalance(self, s: Tensor, current: Tensor) -> Tensor:
+        if self.potential == SQUARE:
+            return self.force(s, current)
+        # In activities: rho'(s) (s - I) to first order, and not 0 because s is saturated.
+        return self.value(s) - self.value(current)
+
+
+def _tanh_slope(y: Tensor) -> Tensor:
+    return 1 - y * y
+
+
+def _sigmoid_slope(y: Tensor) -> Tensor:
+    return y * (1 - y)
 
 
 def _log_cosh(s: Tensor) -> Tensor:
@@ -193,12 +222,13 @@ def _sigmoid_integral(s: Tensor) -> Tensor:
     return torch.logaddexp(s, torch.zeros_like(s)) - math.log(2)
 
 
-def unit_of(module: nn.Module, potential: str) -> Unit | None:
+def unit_of(module: nn.Module, potential: str | None = None) -> Unit | None:
     """Returns the unit that has an activation, or None if it is not bounded or not known.
 
     Args:
         module: ``nn.Tanh``, ``nn.Sigmoid``, or ``nn.Hardtanh`` with 0 in its box.
-        potential: ``"square"`` or ``"conjugate"``.
+        potential: ``"square"`` or ``"conjugate"``; by default the one with a rest in closed form,
+            square for ramps and conjugate for smooth units.
 
     >>> unit_of(nn.Hardtanh(0, 1), "square")
     Ramp(low=0.0, high=1.0, potential='square')
@@ -206,9 +236,10 @@ def unit_of(module: nn.Module, potential: str) -> Unit | None:
     True
     """
     if type(module) is nn.Hardtanh and module.min_val <= 0 <= module.max_val:
-        return Ramp(float(module.min_val), float(module.max_val), potential)
+        return Ramp(float(module.min_val), float(module.max_val), potential or SQUARE)
     if type(module) is nn.Tanh:
-        return Smooth("tanh", torch.tanh, lambda y: 1 - y * y, _log_cosh, potential)
+        return Smooth("tanh", torch.tanh, _tanh_slope, _log_cosh, potential or CONJUGATE)
     if type(module) is nn.Sigmoid:
-        return Smooth("sigmoid", torch.sigmoid, lambda y: y * (1 - y), _sigmoid_integral, potential)
+        own = potential or CONJUGATE
+        return Smooth("sigmoid", torch.sigmoid, _sigmoid_slope, _sigmoid_integral, own)
     return None

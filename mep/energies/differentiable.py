@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,11 @@ def differentiable_states(net: Couplings, x: Tensor, solver: FixedPoint, backwar
 
     Source: Almeida 1987, Pineda 1987; as a hook: Bai, Kolter & Koltun 2019.
     """
+    if not all(unit.has_rest for unit in net.units):
+        raise ValueError(
+            "smooth units of the square potential have no rest in closed form, so that no round of "
+            "relaxation can be differentiated: use potential='conjugate' or nn.Hardtanh(0, 1)"
+        )
     if backward == "through time":
         return _through_time(net, x, solver)
     return _recurrent(net, x, solver)
@@ -36,7 +43,9 @@ def _through_time(net: Couplings, x: Tensor, solver: FixedPoint) -> States:
     for _ in range(solver.max_steps):
         at = problem.relax(at, solver.order)
         # Looked at with the graph on: the currents behind it are those of the next round.
-        if solver.tol is not None and problem.residual(at).per_sample.median() <= solver.tol:
+        if solver.tol is None:
+            continue
+        if float(problem.residual(at).per_sample.detach().median()) <= solver.tol:
             break
     return at
 
@@ -56,7 +65,7 @@ def _recurrent(net: Couplings, x: Tensor, solver: FixedPoint) -> States:
     _, end = rounded()
 
     def solve(gradient: Tensor) -> Tensor:
-        v = gradient
+        v, change = gradient, float("inf")
         for _ in range(solver.max_steps):
             pulled = torch.autograd.grad(
                 reached, start, v, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -65,6 +74,13 @@ def _recurrent(net: Couplings, x: Tensor, solver: FixedPoint) -> States:
             change, v = float((new - v).norm()), new
             if solver.tol is not None and change <= solver.tol * float(v.norm()):
                 break
+        else:
+            if solver.tol is not None:
+                warnings.warn(
+                    f"recurrent backprop has not settled in {solver.max_steps} rounds (the last "
+                    f"changed {change:.2g} of {float(v.norm()):.2g}): the net hardly contracts",
+                    stacklevel=2,
+                )
         return v
 
     end.register_hook(solve)

@@ -13,19 +13,32 @@ from mep.blocks import sample_norm
 from mep.couplings import Couplings
 from mep.energies.costs import Cost
 from mep.energies.relaxation import Relaxation, States
-from mep.settling import Settled, Solver, settle
+from mep.settling import GradientDescent, Settled, Solver, settle
 
 __all__ = ["Equilibrium", "contraction", "fixed_point", "forward_start", "settled_states"]
 
 # Enough to tell whether a factor is below 1; its last digit is nobody's concern.
 _ROUNDS = 30
 
+_DOWNHILL = GradientDescent(max_steps=2000, lr=0.1, momentum=0.5, tol=1e-6, patience=2000)
+
 
 def forward_start(net: Couplings, x: Tensor) -> States:
-    """Returns the states of a forward pass, as if nothing came back from above."""
+    """Returns the states of a forward pass, as if nothing came back from above.
+
+    Raises:
+        ValueError: if the input does not fit; the message names the layer.
+    """
     at = States(net, x, [None] * len(net.units))
     for i, unit in enumerate(net.units, 1):
-        at.put(i, unit.rest(at.from_below(i)))
+        try:
+            at.put(i, unit.start(at.from_below(i)))
+        except (RuntimeError, IndexError, ValueError) as error:
+            below = ", ".join(net.interactions[k].block.describe() for k in net.into[i - 1])
+            raise ValueError(
+                f"`x` of shape {tuple(x.shape)} and dtype {x.dtype} does not fit the model: "
+                f"{below} said: {error}"
+            ) from error
     return at
 
 
@@ -35,8 +48,10 @@ def settled_states(net: Couplings, x: Tensor, solver: Solver) -> Settled:
     Args:
         net: the couplings.
         x: input, ``(B, *in)``.
-        solver: how.
+        solver: how; where units have no closed rest, states go downhill instead.
     """
+    if not all(unit.has_rest for unit in net.units) and not isinstance(solver, GradientDescent):
+        solver = _DOWNHILL
     found = settle(Relaxation(forward_start(net, x), None, None, 0.0, 1.0), solver)
     if not found.converged:
         warnings.warn(
@@ -119,12 +134,18 @@ class Equilibrium:
             )
         start = self._free.copy()
         start.origin = self.states
-        if self._response is not None:
+        complex_before = self._response is not None and isinstance(self._response[0], complex)
+        if self._response is not None and (isinstance(beta, complex) or not complex_before):
             # To first order states respond in proportion to the nudge.
             other, at = self._response
             for i, (s, moved) in enumerate(zip(self.states, at.states, strict=True), 1):
                 start.put(i, self.chain.units[i - 1].kept(s + (moved - s) * (beta / other)))
         return Relaxation(start, self.cost, self.target, beta, abs(beta))
+
+    @property
+    def unnudged(self) -> Relaxation:
+        """The problem of the free phase, from its end."""
+        return Relaxation(self._free.copy(), self.cost, self.target, 0.0, 1.0)
 
     def learn(self, beta: complex, settled: Settled) -> None:
         """Takes note of where a nudged phase has ended, for the start of the next one."""

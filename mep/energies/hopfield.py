@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,6 +26,7 @@ from mep.energies.equilibrium import (
 from mep.energies.relaxation import Relaxation, States
 from mep.settling import (
     CONVERGED,
+    DIVERGED,
     SYNCHRONOUS,
     FixedPoint,
     GradientDescent,
@@ -38,7 +40,6 @@ __all__ = ["Hopfield"]
 
 # Relative to the states, and a few roundings of float32.
 _CLOSELY = FixedPoint(max_steps=500, tol=1e-6)
-_DOWNHILL = GradientDescent(max_steps=2000, lr=0.1, momentum=0.5, tol=1e-6, patience=2000)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Hopfield(Energy):
                 f"{type(model).__name__} has no `couplings()`: wrap a plain net in "
                 "mep.models.EquilibriumNet(net), whose output is the settled one"
             )
-        net = model.couplings()
+        net = copy.copy(model.couplings())
         net.by_autograd = gradient_method == "autograd"
         return net
 
@@ -82,8 +83,8 @@ class Hopfield(Energy):
             )
 
     def free_states(self, chain: Couplings, x: Tensor) -> list[Tensor]:
-        rests = all(unit.has_rest for unit in chain.units)
-        return settled_states(chain, x, _CLOSELY if rests else _DOWNHILL).states
+        with torch.no_grad():
+            return settled_states(chain, x, _CLOSELY).states
 
     @torch.no_grad()
     def shapes(self, chain: Couplings, x: Tensor) -> list[tuple[int, ...]]:
@@ -158,14 +159,18 @@ class Hopfield(Energy):
         if status == CONVERGED or free.chain.advised:
             return None
         free.chain.advised = True  # once is enough, and takes as long as a step
-        problem = free.nudged(0.0)
-        order = solver.order if isinstance(solver, FixedPoint) else SYNCHRONOUS
-        radius = contraction(problem, fixed_point(problem, order), order)
         known = (
             f"the net has not settled (median residual {nudged.median:.2g} after {nudged.steps} "
-            f"steps, free phase {free.settled.median:.2g}); a round of relaxation has the spectral "
-            f"radius {radius:.3g} at its fixed point"
+            f"steps, free phase {free.settled.median:.2g})"
         )
+        if status == DIVERGED and free.settled.converged:
+            return f"{known}: the nudge is too strong for it, lower `beta`"
+        if isinstance(solver, GradientDescent):
+            return f"{known}: lower the `lr` of {solver}, or give it more steps"
+        problem = free.unnudged
+        order = solver.order if isinstance(solver, FixedPoint) else SYNCHRONOUS
+        radius = contraction(problem, fixed_point(problem, order), order)
+        known += f"; a round of relaxation has the spectral radius {radius:.3g} at its fixed point"
         if radius < 1:
             return f"{known}: it contracts, give it more than {solver.max_steps} steps"
         return (
@@ -197,6 +202,8 @@ def _by_autograd(
     """The contrast as the gradient of an energy difference: the reference of the Hebbian one."""
     net, samples = free.chain, len(free.loss)
     wanted = [p for p in net.parameters() if p.requires_grad]
+    if not wanted:
+        return
     x = free.x
     with torch.enable_grad():
         total = torch.zeros((), dtype=x.dtype, device=x.device)

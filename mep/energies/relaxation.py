@@ -22,6 +22,10 @@ from mep.settling import ALTERNATING, BACKWARD, FORWARD, SYNCHRONOUS, Residual
 __all__ = ["Relaxation", "States"]
 
 
+# Samples without a nudge settle to this share of their states, times the tolerance.
+_UNNUDGED = 1e-4
+
+
 class States:
     """States of a coupled net, and what has been computed from them so far.
 
@@ -294,18 +298,24 @@ class Relaxation:
         left = [self._imbalance(at, i) for i in states if not at.resting[i - 1]]
         force = _norm(left) if left else at.x.new_zeros(len(at.x))
         if self.target is None:
-            return Residual.of(force, _norm(at.states))
+            return _relative(force, _norm(at.states))
         nudge = self._nudge(at)
         if self.net.readout is not None:
             nudge = self.net.units[-1].slope(at[states[-1]]) * nudge
-        return Residual.of(force, sample_norm(nudge) * self._reference)
+        size = sample_norm(nudge) * self._reference
+        if not bool(size.all()):  # nothing to learn there is no reason not to settle
+            size = torch.where(size == 0, _UNNUDGED * _norm(at.states), size)
+        return _relative(force, size)
 
     def _imbalance(self, at: States, i: int) -> Tensor:
-        """The force that is left, the least one where a kink allows several."""
         unit = self.net.units[i - 1]
         if isinstance(unit, Ramp):
-            return at[i] - self._rest(at, i)
-        return unit.force(at[i], self._current(at, i))
+            return at[i] - self._rest(at, i)  # its imbalance, whose rest the next round takes
+        return unit.imbalance(at[i], self._current(at, i))
+
+
+def _relative(force: Tensor, size: Tensor) -> Residual:
+    return Residual((force / size).masked_fill_(force == 0, 0.0), size)
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mep.blocks import trace
-from mep.couplings import CONJUGATE, SQUARE, Couplings, Interaction, block_of, couplings_of, unit_of
-from mep.energies import differentiable_states, settled_states
+from mep.couplings import CONJUGATE, Couplings, Interaction, block_of, couplings_of, unit_of
+from mep.energies import differentiable_states, forward_start, settled_states
 from mep.models.feedforward import mlp
 from mep.settling import FixedPoint
 
@@ -30,14 +30,15 @@ class EquilibriumNet(nn.Module):
 
     Args:
         net: Linear and Conv2d layers with bounded activations between them, and pooling.
-        potential: the units' own energy, ``"square"`` or ``"conjugate"``.
+        potential: the units' own energy, ``"square"`` or ``"conjugate"``; by default square for
+            ramps and conjugate for smooth units.
         readout: whether the last layer is a plain function of the last activity, outside the
             equilibrium, as cross-entropy likes it.
         settler: of ``forward``; residuals are there relative to the states.
         backward: ``"recurrent"`` or ``"through time"``.
 
     Raises:
-        ValueError: if an option is unknown.
+        TypeError, ValueError: if an option is unknown.
         mep.TraceError: if ``net`` cannot be read so.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Hardtanh(0, 1), nn.Linear(8, 2))
@@ -51,7 +52,7 @@ class EquilibriumNet(nn.Module):
         self,
         net: nn.Module,
         *,
-        potential: str = SQUARE,
+        potential: str | None = None,
         readout: bool = False,
         settler: FixedPoint | None = None,
         backward: Backward = "recurrent",
@@ -59,6 +60,8 @@ class EquilibriumNet(nn.Module):
         super().__init__()
         if backward not in ("recurrent", "through time"):
             raise ValueError(f"`backward` must be 'recurrent' or 'through time', got {backward!r}")
+        if settler is not None and not isinstance(settler, FixedPoint):
+            raise TypeError(f"`settler` must be a mep.FixedPoint, got {settler!r}")
         self.net = net
         self.potential = potential
         self.readout = readout
@@ -73,7 +76,10 @@ class EquilibriumNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Settles; returns the output, ``(B, *out)``."""
         net = self.couplings()
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+        if len(x) == 0:  # nothing to settle, but a shape
+            return forward_start(net, x).output
+        wanted = x.requires_grad or any(p.requires_grad for p in self.parameters())
+        if torch.is_grad_enabled() and wanted:
             return differentiable_states(net, x, self.settler, self.backward).output
         return settled_states(net, x, self.settler).configuration.output
 
@@ -150,7 +156,7 @@ def hopfield_mlp(
     out_features: int = 10,
     activation: Callable[[], nn.Module] = lambda: nn.Hardtanh(0, 1),
     *,
-    potential: str = SQUARE,
+    potential: str | None = None,
     readout: bool = False,
 ) -> EquilibriumNet:
     """Returns a fully connected layered Hopfield net.
@@ -160,7 +166,7 @@ def hopfield_mlp(
         hidden: width of every hidden layer.
         out_features: number of outputs.
         activation: makes the units of a hidden layer.
-        potential: their own energy.
+        potential: their own energy, see ``EquilibriumNet``.
         readout: see ``EquilibriumNet``.
 
     Raises:
@@ -182,7 +188,7 @@ def hopfield_cnn(
     channels: Sequence[int] = (32, 64),
     *,
     pool: Literal["average", "max"] = "average",
-    potential: str = SQUARE,
+    potential: str | None = None,
     readout: bool = False,
 ) -> EquilibriumNet:
     """Returns a convolutional layered Hopfield net: pooled 5x5 convolutions, one output layer.
@@ -193,7 +199,7 @@ def hopfield_cnn(
         out_features: number of outputs.
         channels: of every convolution.
         pool: how 2x2 neighbourhoods are pooled on their way up.
-        potential: the units' own energy.
+        potential: the units' own energy, see ``EquilibriumNet``.
         readout: see ``EquilibriumNet``.
 
     Raises:
@@ -204,8 +210,11 @@ def hopfield_cnn(
 
     Source: Ernoult et al. 2019, sec. 4; Laborieux et al. 2021, table 2.
     """
-    if min(in_channels, size, out_features, *channels) < 1:
-        raise ValueError(f"sizes must be >= 1, got {[in_channels, size, out_features, *channels]}")
+    if min(in_channels, size >> len(channels), out_features, *channels) < 1:
+        raise ValueError(
+            f"sizes must be >= 1, and `size` >= 2 for every pooling, got "
+            f"{[in_channels, size, out_features, *channels]}"
+        )
     pooling = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
     if pool not in pooling:
         raise ValueError(f"`pool` must be 'average' or 'max', got {pool!r}")

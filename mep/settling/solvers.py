@@ -237,7 +237,7 @@ class Anderson(Solver):
         scaled = rests / torch.where(size > 0, size, torch.ones_like(size))
         if scaled.dtype == torch.bfloat16:
             scaled = scaled.float()  # bfloat16 has no linear solver, nor the digits for one
-        gram = scaled @ scaled.mH
+        gram = scaled.conj() @ scaled.mT
         gram += 10 * torch.finfo(gram.dtype).eps * torch.eye(len(past)).to(gram)
         ones = torch.ones_like(gram[:, :, :1])
         alpha = torch.linalg.solve_ex(gram, ones)[0]
