@@ -1,7 +1,12 @@
 """Benchmarks of nets that settle: complete records, true gradients, effects of every setting."""
 
 import pytest
+import torch
 from test_cli import PNG, invoke, record_of
+from torch import nn
+
+import mep
+from mep.bench.robustness import NOISE, _disturbed
 
 SMALL = ("--updates", 4, "--rounds", 2, "--batch", 16, "--samples", 40)
 
@@ -46,6 +51,22 @@ def test_phases_are_settled_and_disturbances_measured(measured):
     assert unequal[0]["cosine"] > unequal[-1]["cosine"]
     coarse = [row["level"] for row in rows if row["kind"] == "bits per weight"]
     assert set(coarse) == {8, 6, 5, 4, 3, 2}
+
+
+@pytest.mark.parametrize("make", [mep.models.hopfield_mlp, mep.models.LoopedMLP])
+def test_noise_reaches_the_output(make):
+    model = make(8, 6 if make is mep.models.LoopedMLP else (6, 6), 3)
+    x, feedforward = torch.randn(5, 8), nn.Sequential(nn.Linear(8, 3), nn.ReLU())
+    torch.manual_seed(0)
+    outputs = [
+        net(x)
+        for level in (0.0, 0.5)
+        for name, net, _ in _disturbed(NOISE, level, model, feedforward, None, None)
+        if name == "equilibrium"
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(outputs[0], model(x), rtol=1e-2, atol=1e-3)
+    assert (outputs[1] - outputs[0]).abs().max() > 0.01
 
 
 def test_looped(tmp_path):

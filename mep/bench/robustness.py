@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mep
-from mep.couplings import Couplings, Unit
+from mep.couplings import Couplings, Linear, Unit
 from mep.energies import Relaxation, forward_start
 from mep.settling import settle
 from mep.training import accuracy
@@ -106,7 +106,8 @@ def _disturbed(
 ) -> Iterator[tuple[str, nn.Module, float | None]]:
     net = model.couplings()
     if kind == NOISE:
-        units: list[Any] = [_Noisy(unit, level) for unit in net.units]
+        # Where the other net has activations: in hidden layers.
+        units: list[Any] = [u if isinstance(u, Linear) else _Noisy(u, level) for u in net.units]
         yield "equilibrium", _Net(model, Couplings(units, net.interactions, net.readout)), None
         layers = [_with_noise(layer, level) for layer in feedforward]
         yield "feedforward", nn.Sequential(*layers), None
