@@ -65,8 +65,8 @@ def test_noise_reaches_the_output(make):
         if name == "equilibrium"
     ]
     with torch.no_grad():
-        torch.testing.assert_close(outputs[0], model(x), rtol=1e-2, atol=1e-3)
-    assert (outputs[1] - outputs[0]).abs().max() > 0.01
+        torch.testing.assert_close(outputs[0], model(x), rtol=0, atol=0.02)  # twenty rounds
+    assert (outputs[1] - outputs[0]).abs().max() > 0.05
 
 
 def test_looped(tmp_path):
