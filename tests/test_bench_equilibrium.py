@@ -26,6 +26,9 @@ def test_every_arm_is_timed_and_weighed(measured):
         "EP, centered (two nudged phases)", "EP, random sign (one nudged phase)",
     ]  # fmt: skip
     assert entries["backprop, feedforward net"]["ratio"] == 1.0
+    for name, entry in entries.items():
+        assert (entry["residual"] is not None) == name.startswith("EP")
+        assert entry["residual"] is None or 0 < entry["residual"] < 2 * record.config["tol"]
     assert all(entry["extra"] > 0 and entry["ms"] > 0 for entry in entries.values())
     assert len(record.rows) == 5 * record.config["rounds"]
     assert (out / "equilibrium.png").read_bytes().startswith(PNG)

@@ -50,9 +50,9 @@ def test_every_arm_is_measured_at_every_depth(record, tmp_path):
 
 
 def test_limited_memory_tells_who_runs_out():
-    """8 MB above start-up, parameters and momentum: backprop's gradients alone take 20."""
+    """20 MB above start-up, parameters and momentum: backprop's gradients alone take 38."""
     config = bench.MemoryConfig(
-        (3,), ("1MB",), width=128, batch=32, rounds=0, capped=300, spare="16MB"
+        (3,), ("1MB",), width=128, batch=32, rounds=0, capped=600, spare="20MB"
     )
     fates = {
         arm: bench._in_a_process(bench.partial(bench._capped, config, arm))["status"]

@@ -215,7 +215,7 @@ def test_both_signs_of_a_random_nudge_average_to_the_centered_stencil():
     model, (x, y) = net_of("tanh"), batch()
     how = {"cost": "mse", "beta": 0.1, "settler": DEEP}
     stencil, found = mep.random_sign(torch.Generator().manual_seed(0)), {}
-    for _ in range(20):
+    for _ in range(8):
         gradient, _ = estimated(model, x, y, stencil=lambda b: seen(stencil(b)), **how)
         found[last[0]] = gradient
     assert sorted(found) == [-0.1, 0.1]
@@ -464,7 +464,7 @@ def test_it_learns():
         model.parameters(), model=model, lr=0.05, momentum=0.9, cost="mse", beta=0.2,
         stencil=mep.centered,
     )  # fmt: skip
-    for epoch in range(4):
+    for epoch in range(3):
         order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(epoch))
         for part in order.split(32):
             opt.step(x=data.x_train[part], target=data.y_train[part])
