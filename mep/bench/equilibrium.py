@@ -35,7 +35,7 @@ RECURRENT, EP = "recurrent backprop", "EP, centered (two nudged phases)"
 SIGNED = "EP, random sign (one nudged phase)"
 _MOMENTUM, _RATE = 0.9, 0.05
 # Settled in float64 to the last digits, on a few samples; relative to states, and to the nudge.
-_DEEP_FREE, _DEEP, _FEW = mep.FixedPoint(300, 1e-14), mep.FixedPoint(300, 1e-9), 16
+_DEEP_FREE, _DEEP, _FEW = mep.FixedPoint(300, 1e-14), mep.FixedPoint(100, None), 16
 
 NETS: dict[str, tuple[Callable[[int, int], EquilibriumNet], str]] = {
     "mlp": (lambda inputs, classes: mep.models.hopfield_mlp(inputs, (512, 512), classes), "mse"),
