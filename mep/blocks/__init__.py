@@ -1,6 +1,6 @@
 """Model -> Chain of Blocks: prediction, vjp, displacement and local gradient of every block."""
 
-from mep.blocks.block import Block, sample_norm
+from mep.blocks.block import Block, parameters_of, sample_norm
 from mep.blocks.buffers import Buffers, give
 from mep.blocks.chain import Chain, TraceError, trace
 from mep.blocks.closed import ClosedBlock
@@ -18,6 +18,7 @@ __all__ = [
     "Linear",
     "TraceError",
     "give",
+    "parameters_of",
     "product",
     "random_state",
     "replayed",

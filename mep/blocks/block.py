@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mep.curvature import Signal
 
-__all__ = ["Block", "sample_norm"]
+__all__ = ["Block", "parameters_of", "sample_norm"]
 
 
 class Block(ABC):
@@ -145,6 +145,16 @@ class Block(ABC):
     def describe(self) -> str:
         """Returns the modules on one line, as ``ReLU > Linear(512, 10)``."""
         return " > ".join(_short(m) for m in self.modules)
+
+
+def parameters_of(blocks: Iterable[Block]) -> Iterator[nn.Parameter]:
+    """Yields every parameter of some blocks once."""
+    seen: set[int] = set()
+    for block in blocks:
+        for parameter in block.parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter
 
 
 def sample_norm(t: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mep.blocks.block import Block
+from mep.blocks.block import Block, parameters_of
 from mep.blocks.closed import ClosedBlock
 from mep.blocks.dense import DenseBlock
 from mep.blocks.layers import layer_of
@@ -84,12 +84,7 @@ class Chain:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yields every parameter of the chain once."""
-        seen: set[int] = set()
-        for block in self.blocks:
-            for parameter in block.parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+        yield from parameters_of(self.blocks)
 
 
 def trace(model: nn.Module, *, gradient_method: str = "analytic") -> Chain:

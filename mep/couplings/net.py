@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import Chain, ClosedBlock, TraceError
+from mep.blocks import Chain, ClosedBlock, TraceError, parameters_of
 from mep.blocks.layers import layer_of
 from mep.blocks.operations import AvgPool2d, Dropout, MaxPool2d, Reshape, operation_of
 from mep.couplings.units import POTENTIALS, Linear, Unit, unit_of
@@ -156,12 +156,7 @@ class Couplings:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yields every parameter once."""
-        seen: set[int] = set()
-        for block in self.blocks:
-            for parameter in block.parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+        yield from parameters_of(self.blocks)
 
     @property
     def analytic(self) -> bool:
