@@ -158,7 +158,7 @@ def settle(
         target: what the cost takes.
         cost: name or object.
         beta: nudging strength: ``"auto"``, a number > 0, or ``mep.AutoBeta(c)``.
-        settler: ``mep.Sweep()`` by default.
+        settler: ``mep.Sweep()`` by default, ``mep.FixedPoint()`` for ``mep.Hopfield()``.
         energy: ``mep.PredictionError(output=...)`` or ``mep.Hopfield()``; by the model.
         gradient_method: ``"analytic"`` or ``"autograd"`` forces.
 

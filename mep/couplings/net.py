@@ -103,14 +103,13 @@ class Couplings:
 
     Attributes:
         advised: whether its user has been told that it does not settle.
+        by_autograd: whether contrasts are differences of energies, differentiated (the reference).
 
     Args:
         units: one per state.
         interactions: between states, and from the input.
         readout: makes the output of the last activity; None if the last state is the output. Its
             factor is -1, for a cost is added to the energy.
-
-        by_autograd: whether contrasts are differences of energies, differentiated (the reference).
 
     Raises:
         ValueError: if a state has no interaction from below, or the output is no linear unit.
@@ -121,13 +120,11 @@ class Couplings:
         units: Sequence[Unit],
         interactions: Sequence[Interaction],
         readout: Interaction | None = None,
-        *,
-        by_autograd: bool = False,
     ) -> None:
         self.units = list(units)
         self.interactions = list(interactions)
         self.readout = readout
-        self.by_autograd = by_autograd
+        self.by_autograd = False
         self.advised = False
         states = range(1, len(units) + 1)
         self.into = [[k for k, c in enumerate(interactions) if c.target == i] for i in states]

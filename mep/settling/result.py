@@ -17,8 +17,9 @@ class Residual:
     """How far every sample is from equilibrium: ``||dF/ds|| / ||beta dC/ds_L||``, dimensionless.
 
     Attributes:
-        per_sample: shape ``(B,)``; 0 where the nudge vanishes.
-        nudge: ``||dC/ds_L||``, shape ``(B,)``: what samples weigh in the aggregate.
+        per_sample: shape ``(B,)``; 0 where the nudge vanishes and nothing else has to settle.
+        nudge: the nudge's norm, shape ``(B,)``, in a unit of the problem's own: what samples weigh
+            in the aggregate. That of the states where there is no nudge.
     """
 
     per_sample: Tensor
