@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from mep.blocks.elementwise import Elementwise, elementwise_of
 from mep.blocks.layers import Layer, Linear
 from mep.blocks.operations import Operation, Pointwise
 
+if TYPE_CHECKING:
+    from mep.blocks.passes import Passes
+
 __all__ = ["DenseBlock", "DensePoint"]
 
 
@@ -20,7 +23,7 @@ class DensePoint(Point):
     """A point that knows its arithmetic, and where tensors like its input and prediction are.
 
     Attributes:
-        in_run: whether a run has made it, together with those of its other blocks.
+        passes: those of the run that has made it together with its other blocks', if one has.
     """
 
     def __init__(
@@ -30,17 +33,17 @@ class DensePoint(Point):
         between: Elementwise,
         inputs: Shelf,
         outputs: Shelf,
-        in_run: bool = False,
+        passes: Passes | None = None,
     ) -> None:
         self.values, self.memos = [s, y], [None]
         self.between = between
         self.inputs = inputs
         self.outputs = outputs
-        self.in_run = in_run
+        self.passes = passes
 
     def moved(self, y: Tensor) -> DensePoint:
         """Returns the point at a displaced state, whose activity is ``y``."""
-        return DensePoint(self.values[0], y, self.between, self.inputs, self.outputs, self.in_run)
+        return DensePoint(self.values[0], y, self.between, self.inputs, self.outputs, self.passes)
 
     def room(self) -> Tensor:
         """Returns a tensor like the input, to write into."""

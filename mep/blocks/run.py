@@ -12,7 +12,7 @@ from torch import Tensor
 from mep.blocks.block import Block, sample_norm
 from mep.blocks.buffers import lending, shelf
 from mep.blocks.dense import DenseBlock, DensePoint
-from mep.blocks.elementwise import elementwise_of
+from mep.blocks.passes import passes_of
 from mep.curvature import Signal, Stack
 from mep.kernels import rows
 
@@ -139,29 +139,23 @@ class DenseRun(Run):
     def free(self, s: Tensor, x: Tensor) -> tuple[list[Tensor], list[Any]]:
         if not lending() or s.dim() != 2 or not self._fits(s):
             return super().free(s, x)
-        between, s = elementwise_of(self.blocks[0].activation, s), s.contiguous()
-        inputs, states, points, bias = shelf(s), self._above(s), [], None
-        for block, y, f in zip(self.blocks, self._below(s), states, strict=True):
-            between.activate(s, bias, y)
-            outputs = inputs if f is not states[-1] else shelf(f)
-            points.append(DensePoint(s, y, between, inputs, outputs, in_run=True))
-            s, bias = torch.mm(y, block.transpose, out=f), block.bias
-        if bias is not None:
-            s.add_(bias)
-        return states, points
+        passes, s = passes_of(self.blocks, s), s.contiguous()
+        states, activities = self._above(s), self._below(s)
+        below, room = [s, *states[:-1]], [*[shelf(s)] * (len(states) - 1), shelf(states[-1])]
+        passes.free(below, activities, states)
+        pairs = zip(below, activities, room, strict=True)
+        between, inputs = passes.between, shelf(s)
+        return states, [DensePoint(s, y, between, inputs, out, passes) for s, y, out in pairs]
 
     def descend(
         self, points: list[Any], e: Tensor, feedback: Feedback
     ) -> tuple[list[Tensor], list[Tensor], Tensor | float]:
         if feedback or not self.together(points):
             return super().descend(points, e, feedback)
-        like = points[0].values[0]
-        between, errors, products = points[0].between, self._below(like), self._below(like)
-        squares: Tensor | float = 0.0
-        for k in reversed(range(len(points))):
-            torch.mm(e, self.blocks[k].weight, out=products[k])
-            squares += between.pull_and_square(*points[k].values, products[k], errors[k])
-            e = errors[k]
+        states, activities = _values(points)
+        errors, products = self._below(states[0]), self._below(states[0])
+        passes = points[0].passes
+        squares = passes.descend(states, activities, e.contiguous(), products, errors)
         return errors, products, squares
 
     def climb(
@@ -180,23 +174,16 @@ class DenseRun(Run):
             return super().climb(
                 points, d, below, above, products, beta, visit, last_only=last_only
             )
-        between, d, spare, moved = points[0].between, d.contiguous(), shelf(d), []
-        activities, change = self._below(d), spare.lend()
+        d, spare, norms = d.contiguous(), shelf(d), shelf(d, (len(points), d.shape[0]))
+        activities, change, norm = self._below(d), spare.lend(), norms.lend()
         displacements = self._last_above(d) if last_only else self._above(d)
-        norms, share = shelf(d, (len(points), d.shape[0])), 0.0
-        norm = norms.lend()
-        arguments = zip(
-            self.blocks, points, products, below, activities, norms.split(norm), displacements,
-            strict=True,
+        points[0].passes.climb(
+            *_values(points), d, beta, products, below, change, activities, norms.split(norm),
+            displacements,
         )  # fmt: skip
-        for block, point, pulled, e, y_new, force, above_it in arguments:
-            s, y = point.values
-            between.nudge(s, y, d, share, pulled, e, change, y_new, force)
-            d = torch.mm(change, block.transpose, out=above_it)
-            moved.append(point.moved(y_new))
-            share = beta  # from here on, the next one adds what is still missing of d
-        d.add_(above[-1], alpha=beta)
+        displacements[-1].add_(above[-1], alpha=beta)
         spare.give(change)
+        moved = [point.moved(y) for point, y in zip(points, activities, strict=True)]
         return displacements, moved, norm.square().sum(0)
 
     def signals(self, points: list[Any], above: list[Tensor], scale: float) -> Iterator[Signal]:
@@ -214,7 +201,7 @@ class DenseRun(Run):
     @staticmethod
     def together(points: list[Any]) -> bool:
         """Returns whether these points are a run's, with buffers that are lent."""
-        return lending() and all(isinstance(point, DensePoint) and point.in_run for point in points)
+        return lending() and all(isinstance(point, DensePoint) and point.passes for point in points)
 
     def _fits(self, s: Tensor) -> bool:
         """True if all weights still are what they were when the run was found."""
@@ -238,6 +225,11 @@ class DenseRun(Run):
         """Returns the same where only the last will be read: the others stay in the cache."""
         last = shelf(like, (like.shape[0], self.blocks[-1].height)).lend()
         return [*[shelf(like).lend()] * (len(self.blocks) - 1), last]
+
+
+def _values(points: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the inputs of points, and their activities."""
+    return [point.values[0] for point in points], [point.values[1] for point in points]
 
 
 class _Gradients:

@@ -6,7 +6,7 @@ eager twins do the work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mep.kernels.native import native
 from mep.kernels.rows import rows
 
 if TYPE_CHECKING:
     from mep.kernels.cpu import Kernels
+    from mep.kernels.loops import Loops
 
-__all__ = ["available", "cross_entropy", "eager", "kernels_of", "rows"]
+__all__ = ["available", "cross_entropy", "eager", "kernels_of", "loops_of", "rows"]
 
 # With more classes torch's vectorised exponential takes less time than a scalar one.
 _MOST_CLASSES = 32
@@ -67,6 +69,21 @@ def kernels_of(activation: str, like: Tensor) -> Kernels | None:
     if like.dtype != torch.float32 or not like.is_cpu or _eager.get():
         return None
     return _kernels(activation)
+
+
+def loops_of(activation: str, weights: Sequence[Tensor]) -> Loops | None:
+    """Returns the passes over layers of one width, or None.
+
+    Args:
+        activation: before each of them.
+        weights: of one dtype, ``(n, n)`` each, the last one ``(last, n)``.
+    """
+    fused, found = kernels_of(activation, weights[0]), native()
+    if fused is None or found is None or not all(w.is_contiguous() for w in weights):
+        return None
+    from mep.kernels.loops import Loops
+
+    return Loops(found, fused.kind, weights)
 
 
 def cross_entropy(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:

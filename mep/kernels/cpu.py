@@ -20,7 +20,10 @@ import numba
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["Kernels", "cross_entropy", "kernels"]
+__all__ = [
+    "Kernels", "activate", "compiled", "cross_entropy", "doubles", "floats", "kernels", "nudge",
+    "pull",
+]  # fmt: skip
 
 _f32 = numba.float32
 # From this product of value and displacement on, a unit may end up on the other side.
@@ -38,6 +41,7 @@ class Kernels:
     """The kernels of one activation. Arguments ending in the batch ``B`` and the units ``n``.
 
     Attributes:
+        kind: number of the activation.
         activate: ``(s, bias, y, B, n)``: ``s <- s + bias``, ``y <- phi(s)``; bias may be 0, none.
         move: ``(s, y, d, change, y_new, B, n)``: ``change <- phi(s + d) - phi(s)`` without
             cancellation, ``y_new <- phi(s + d)``.
@@ -46,18 +50,22 @@ class Kernels:
             as ``move``, and per sample ``norm <- ||phi'(s + d) p - e||``.
     """
 
+    kind: int
     activate: Callable[..., None]
     move: Callable[..., None]
     pull: Callable[..., float]
     nudge: Callable[..., None]
 
 
-def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles on first use, and keeps what it has compiled for the next process."""
+def compiled(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    """Returns what a compiler of numba's makes of a function, and keeps it for the next process."""
     try:
-        return njit(cache=True, **_ARITHMETIC)(function)
+        return compiler(cache=True, **_ARITHMETIC)(function)
     except RuntimeError:  # there is no place on this machine where it could be kept
-        return njit(**_ARITHMETIC)(function)
+        return compiler(**_ARITHMETIC)(function)
+
+
+_kernel = partial(compiled, njit)
 
 
 def _cast(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -65,13 +73,19 @@ def _cast(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
 
 @intrinsic
-def _floats(typingctx: Any, address: Any) -> Any:
+def floats(typingctx: Any, address: Any) -> Any:
     """An address as a pointer to float32."""
     return types.CPointer(types.float32)(address), _cast
 
 
 @intrinsic
-def _integers(typingctx: Any, address: Any) -> Any:
+def doubles(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer to float64."""
+    return types.CPointer(types.float64)(address), _cast
+
+
+@intrinsic
+def integers(typingctx: Any, address: Any) -> Any:
     """An address as a pointer to int64."""
     return types.CPointer(types.int64)(address), _cast
 
@@ -154,10 +168,11 @@ def _crossing(kind, s, y, d):
 
 
 @_kernel
-def _activate(kind, s_, bias_, y_, batch, n):
-    s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
+def activate(kind, s_, bias_, y_, batch, n):
+    """``Kernels.activate`` of an activation by its number."""
+    s, y = numba.carray(floats(s_), (batch, n)), numba.carray(floats(y_), (batch, n))
     if bias_ != 0:
-        bias = numba.carray(_floats(bias_), (n,))
+        bias = numba.carray(floats(bias_), (n,))
         for b in range(batch):
             for j in range(n):
                 s[b, j] += bias[j]
@@ -170,12 +185,12 @@ def _activate(kind, s_, bias_, y_, batch, n):
 
 @_kernel
 def _move(kind, s_, y_, d_, change_, y_new_, batch, n):
-    s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
+    s, y = numba.carray(floats(s_), (batch, n)), numba.carray(floats(y_), (batch, n))
     d, change = (
-        numba.carray(_floats(d_), (batch, n)),
-        numba.carray(_floats(change_), (batch, n)),
+        numba.carray(floats(d_), (batch, n)),
+        numba.carray(floats(change_), (batch, n)),
     )
-    y_new = numba.carray(_floats(y_new_), (batch, n))
+    y_new = numba.carray(floats(y_new_), (batch, n))
     for b in range(batch):
         crossings = _f32(0)
         for j in range(n):
@@ -189,9 +204,10 @@ def _move(kind, s_, y_, d_, change_, y_new_, batch, n):
 
 
 @_kernel
-def _pull(kind, y_, p_, e_, batch, n):
-    y, p = numba.carray(_floats(y_), (batch, n)), numba.carray(_floats(p_), (batch, n))
-    e = numba.carray(_floats(e_), (batch, n))
+def pull(kind, y_, p_, e_, batch, n):
+    """``Kernels.pull`` of an activation by its number."""
+    y, p = numba.carray(floats(y_), (batch, n)), numba.carray(floats(p_), (batch, n))
+    e = numba.carray(floats(e_), (batch, n))
     total = 0.0
     for b in range(batch):
         row = _f32(0)
@@ -204,12 +220,13 @@ def _pull(kind, y_, p_, e_, batch, n):
 
 
 @_kernel
-def _nudge(kind, s_, y_, d_, beta, p_, e_, change_, y_new_, norm_, batch, n):
-    s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_floats(y_), (batch, n))
-    d, p = numba.carray(_floats(d_), (batch, n)), numba.carray(_floats(p_), (batch, n))
-    e, norm = numba.carray(_floats(e_), (batch, n)), numba.carray(_floats(norm_), (batch,))
-    change = numba.carray(_floats(change_), (batch, n))
-    y_new = numba.carray(_floats(y_new_), (batch, n))
+def nudge(kind, s_, y_, d_, beta, p_, e_, change_, y_new_, norm_, batch, n):
+    """``Kernels.nudge`` of an activation by its number."""
+    s, y = numba.carray(floats(s_), (batch, n)), numba.carray(floats(y_), (batch, n))
+    d, p = numba.carray(floats(d_), (batch, n)), numba.carray(floats(p_), (batch, n))
+    e, norm = numba.carray(floats(e_), (batch, n)), numba.carray(floats(norm_), (batch,))
+    change = numba.carray(floats(change_), (batch, n))
+    y_new = numba.carray(floats(y_new_), (batch, n))
     share = _f32(beta)
     for b in range(batch):
         row, crossings = _f32(0), _f32(0)  # a count: a minimum would not be vectorised
@@ -242,9 +259,9 @@ def cross_entropy(s_, y_, value_, gradient_, batch, n):
 
     The entry of the target is minus the others' sum, which keeps its digits where they are small.
     """
-    s, y = numba.carray(_floats(s_), (batch, n)), numba.carray(_integers(y_), (batch,))
-    value = numba.carray(_floats(value_), (batch,))
-    gradient = numba.carray(_floats(gradient_), (batch, n))
+    s, y = numba.carray(floats(s_), (batch, n)), numba.carray(integers(y_), (batch,))
+    value = numba.carray(floats(value_), (batch,))
+    gradient = numba.carray(floats(gradient_), (batch, n))
     for b in range(batch):
         own, most = s[b, y[b]], s[b, 0]
         for j in range(n):
@@ -265,4 +282,4 @@ def kernels(activation: str) -> Kernels | None:
     if activation not in _KINDS:
         return None
     kind = _KINDS[activation]
-    return Kernels(*(partial(kernel, kind) for kernel in (_activate, _move, _pull, _nudge)))
+    return Kernels(kind, *(partial(kernel, kind) for kernel in (activate, _move, pull, nudge)))
