@@ -4,7 +4,9 @@ from mep.blocks.block import Block, parameters_of, sample_norm
 from mep.blocks.buffers import Buffers, give
 from mep.blocks.chain import Chain, TraceError, trace
 from mep.blocks.closed import ClosedBlock
+from mep.blocks.layered import Layers
 from mep.blocks.layers import Linear
+from mep.blocks.operations import Dropout
 from mep.blocks.randomness import random_state, replayed
 from mep.blocks.run import DenseRun, Feedback, product
 
@@ -14,7 +16,9 @@ __all__ = [
     "Chain",
     "ClosedBlock",
     "DenseRun",
+    "Dropout",
     "Feedback",
+    "Layers",
     "Linear",
     "TraceError",
     "give",

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import Chain, ClosedBlock, DenseRun, Linear, sample_norm
+from mep.blocks import Chain, ClosedBlock, DenseRun, Dropout, Layers, Linear, sample_norm
 from mep.contrast.estimate import Estimate
 from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
 from mep.contrast.strength import strength_of
 from mep.curvature import squares
-from mep.energies import FreePhase, PredictionError, Squared
+from mep.energies import PredictionError, Squared, usable_gain
 from mep.kernels import rows
 from mep.memory import phase
 from mep.settling import (
@@ -70,9 +70,9 @@ class Flat:
         self.chain, self.how, self.layer, self.run = chain, how, first.layer, run
 
     @staticmethod
-    def fits(chain: Chain, how: Settings) -> bool:
+    def fits(chain: Any, how: Settings) -> bool:
         """Returns whether a chain is plain enough, and no more is asked than one nudged sweep."""
-        first, settler = chain.blocks[0], how.settler
+        settler = how.settler
         once = type(settler) is Limit or (
             type(settler) is Sweep
             and settler.feedback == TRANSPOSE
@@ -83,10 +83,12 @@ class Flat:
             and how.stencil is one_sided
             and type(how.energy) is PredictionError
             and type(how.energy.output) is Squared
+            and isinstance(chain, Chain)
             and len(chain.runs) == 2
             and isinstance(chain.runs[1], DenseRun)
-            and type(first) is ClosedBlock
+            and type(first := chain.blocks[0]) is ClosedBlock
             and type(first.layer) is Linear
+            and not any(isinstance(operation, Dropout) for operation in first.operations)
         )
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter | None]]:
@@ -95,58 +97,68 @@ class Flat:
         return [first.weight, *(b.weight for b in blocks)], [first.bias, *(b.bias for b in blocks)]
 
     @torch.no_grad()
-    def sweep(self, free: FreePhase) -> Swept | None:
-        """Takes the nudged sweep, inside ``Buffers.lend()``.
+    def sweep(self, x: Tensor, target: Tensor) -> Swept | None:
+        """Takes free phase, backward sweep and nudged sweep, inside ``Buffers.lend()``.
 
         Args:
-            free: the free phase of a batch, without feedback of its own.
+            x: checked input.
+            target: target as the cost takes it.
 
         Returns:
             None where the reference is asked for: states that are no vectors, loss or errors that
             are not finite, a sweep that has not settled while there may be another one.
+
+        Raises:
+            TypeError, ValueError: if input or target do not fit.
         """
-        points = free.points[1:]
-        below = free.points[0].values[-1]
-        if not self.run.together(points) or below.dim() != 2 or not free.sound:
-            return None
         with phase("mep: settle"):
-            errors, products = free.unit.errors, free.unit.products
-            assert products is not None, "the backward sweep of the free phase has them"
-            beta = strength_of(self.how.beta, lambda: free.gain)
-            if isinstance(self.how.settler, Limit):
-                nudge = sample_norm(free.cost_gradient)
-                found = Estimate(free.mean, Residual(nudge.sign(), nudge), 0, LIMIT, beta)
-                return self._swept(found, free, points)
-            first = torch.mul(errors[0], beta)
-            moved, points, forces = self.run.climb(
-                points, first, errors[:-1], errors[1:], products, beta, None, last_only=True
-            )
-            balance = _balance(free, moved[-1], forces)
-            tol, most = self.how.settler.tol, self.how.settler.max_steps
-            status = verdict(balance, balance.per_sample.median(), tol)
+            s, point = self.chain.blocks[0].predict_checked(x, x)
+            below = point.values[-1]
+            laid = self.run.lay(s) if below.dim() == 2 else None
+            return None if laid is None else self._settled(below, *laid, target)
+
+    def _settled(
+        self, below: Tensor, layers: Layers, states: list[Tensor], target: Tensor
+    ) -> Swept | None:
+        cost = self.how.cost
+        y = cost.prepare(target, states[-1])
+        loss, gradient = cost.both(states[-1], y)
+        mean, top = loss.mean(), gradient.neg()
+        own = float(torch.linalg.vector_norm(top)) ** 2
+        errors, products, others = layers.descend(top)
+        size = own + float(others)
+        if not math.isfinite(float(mean) + size):
+            return None
+        gain = usable_gain(size / own if own else math.nan, len(self.chain.blocks))
+        beta = strength_of(self.how.beta, lambda: gain)
+        if isinstance(self.how.settler, Limit):
+            nudge = sample_norm(gradient)
+            found = Estimate(mean, Residual(nudge.sign(), nudge), 0, LIMIT, beta)
+            return self._swept(found, below, layers.y, [*errors, top], size)
+        moved, activities, forces = layers.climb(
+            torch.mul(errors[0], beta), errors, top, products, beta, last_only=True
+        )
+        nudged = cost.both(states[-1] + moved[-1], y)[1]
+        last = sample_norm(nudged - gradient)
+        balance = Residual.of(torch.addcmul(forces, last, last).sqrt_(), sample_norm(nudged))
+        tol, most = self.how.settler.tol, self.how.settler.max_steps
+        status = verdict(balance, balance.per_sample.median(), tol)
         if status != CONVERGED and (most > 1 or status != NOT_SETTLED):
             return None
-        found = Estimate(free.mean, balance, 1, status, beta)
-        return self._swept(found, free, points)
+        found = Estimate(mean, balance, 1, status, beta)
+        return self._swept(found, below, activities, [*errors, top], size)
 
-    def _swept(self, found: Estimate, free: FreePhase, points: list[Any]) -> Swept:
+    def _swept(
+        self, found: Estimate, below: Tensor, above: list[Tensor], errors: list[Tensor], size: float
+    ) -> Swept:
         """Gives out what has been found; ``|G| <= |e| |a| / B`` for every gradient.
 
-        What is below a bias is 1 for every sample.
+        What is below a bias is 1 for every sample. ``size`` is the sum of all errors' squares.
         """
-        below, above = free.points[0].values[-1], [point.values[1] for point in points]
         bound = self.run.blocks[0].activation.bound
         if bound < math.inf:
             total = bound**2 * sum(a.numel() for a in above)
         else:
             total = sum(squares(a) for a in rows(above))
-        size = math.sqrt(total + squares(below) + len(below)) * math.sqrt(free.squares)
-        finite = size <= torch.finfo(below.dtype).max
-        return Swept(found, [below, *above], free.unit.errors, finite)
-
-
-def _balance(free: FreePhase, moved: Tensor, forces: Tensor) -> Residual:
-    """Returns the residual, given the output's displacement and the squares of the forces below."""
-    gradient = free.cost.both(free.states[-1] + moved, free.target)[1]
-    last = sample_norm(gradient - free.cost_gradient)
-    return Residual.of(torch.addcmul(forces, last, last).sqrt_(), sample_norm(gradient))
+        most = math.sqrt(total + squares(below) + len(below)) * math.sqrt(size)
+        return Swept(found, [below, *above], errors, most <= torch.finfo(below.dtype).max)

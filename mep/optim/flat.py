@@ -8,13 +8,11 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mep.blocks import Chain
-from mep.contrast import Settings
+from mep.contrast import Settings, chain_of, check_input
 from mep.contrast.estimate import Estimate
 from mep.contrast.flat import Flat, Swept
-from mep.energies import FreePhase
 from mep.kernels import rows
 from mep.memory import phase
 from mep.optim.updating import States, Updating
@@ -54,27 +52,42 @@ class FlatSteps:
         self._shares: list[_Share] = []
 
     def take(
-        self, free: FreePhase, how: Settings, groups: Sequence[dict[str, Any]], state: States
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor,
+        how: Settings,
+        groups: Sequence[dict[str, Any]],
+        state: States,
     ) -> Estimate | None:
         """Takes a step inside ``Buffers.lend()``; None if it is not for it, and nothing was done.
 
         Args:
-            free: the free phase of a batch.
+            model: the model.
+            x: input, ``(B, *in)``.
+            target: target as the cost takes it.
             how: the strategy.
             groups: parameter groups.
             state: per parameter.
+
+        Raises:
+            TypeError, ValueError: if input or target do not fit; nothing has changed then.
         """
-        if self._rule is None or not self._prepared(free.chain, how, groups):
+        if self._rule is None:
+            return None
+        chain = chain_of(model, how.gradient_method, how.energy)
+        if not self._prepared(chain, how, groups):
             return None
         assert self._flat is not None
-        swept = self._flat.sweep(free)
+        check_input(chain, x)
+        swept = self._flat.sweep(x, target)
         if swept is None or not swept.finite:
             return None
         with phase("mep: update"):
             self._update(swept, groups, state)
         return swept.estimate
 
-    def _prepared(self, chain: Chain, how: Settings, groups: Sequence[dict[str, Any]]) -> bool:
+    def _prepared(self, chain: Any, how: Settings, groups: Sequence[dict[str, Any]]) -> bool:
         """Returns whether the chain fits, with all of its parameters in some group."""
         if self._flat is None or self._flat.chain is not chain or self._flat.how is not how:
             if not Flat.fits(chain, how):

@@ -321,12 +321,12 @@ class EPOptimizer(Saved):
         if self.mode == "backprop":
             observes = self._updating.observes
             return by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
-        free = free_phase(model, x, target, self.how, self._feedback(model))
         if flat:
-            found = self._flat.take(free, self.how, self.param_groups, self.state)
+            found = self._flat.take(model, x, target, self.how, self.param_groups, self.state)
             if found is not None:
                 self.last = found
                 return found
+        free = free_phase(model, x, target, self.how, self._feedback(model))
         batch = by_contrast(free, self.how, Gradients(self._factored, self._folded))
         self.last = batch.estimate
         return batch
