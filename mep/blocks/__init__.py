@@ -4,22 +4,21 @@ from mep.blocks.block import Block, parameters_of, sample_norm
 from mep.blocks.buffers import Buffers, give
 from mep.blocks.chain import Chain, TraceError, trace
 from mep.blocks.closed import ClosedBlock
-from mep.blocks.layered import Layers
+from mep.blocks.dense import DenseBlock
 from mep.blocks.layers import Linear
-from mep.blocks.operations import Dropout
+from mep.blocks.operations import Reshape
 from mep.blocks.randomness import random_state, replayed
-from mep.blocks.run import DenseRun, Feedback, product
+from mep.blocks.run import Feedback, product
 
 __all__ = [
     "Block",
     "Buffers",
     "Chain",
     "ClosedBlock",
-    "DenseRun",
-    "Dropout",
+    "DenseBlock",
     "Feedback",
-    "Layers",
     "Linear",
+    "Reshape",
     "TraceError",
     "give",
     "parameters_of",

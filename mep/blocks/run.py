@@ -12,7 +12,6 @@ from torch import Tensor
 from mep.blocks.block import Block, sample_norm
 from mep.blocks.buffers import lending, shelf
 from mep.blocks.dense import DenseBlock, DensePoint
-from mep.blocks.layered import Layers
 from mep.blocks.passes import passes_of
 from mep.curvature import Signal, Stack
 from mep.kernels import rows
@@ -138,31 +137,26 @@ class DenseRun(Run):
     blocks: list[DenseBlock]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def free(self, s: Tensor, x: Tensor) -> tuple[list[Tensor], list[Any]]:
-        laid = self.lay(s)
-        if laid is None:
-            return super().free(s, x)
-        layers, states = laid
-        passes = layers.passes
-        inputs, last = shelf(s), shelf(states[-1])
-        pairs = zip(layers.s, layers.y, [*[inputs] * (len(states) - 1), last], strict=True)
-        points = [DensePoint(s, y, passes.between, inputs, out, passes) for s, y, out in pairs]
-        return states, points
-
-    def lay(self, s: Tensor) -> tuple[Layers, list[Tensor]] | None:
-        """Returns the free layers above a state, and the states above them.
-
-        None if they cannot lie in a row.
-        """
         if not lending() or s.dim() != 2 or not self._fits(s):
-            return None
-        return Layers.free(passes_of(self.blocks, s), s.contiguous())
+            return super().free(s, x)
+        passes, s = passes_of(self.blocks, s), s.contiguous()
+        states, activities = self._above(s), self._below(s)
+        below, room = [s, *states[:-1]], [*[shelf(s)] * (len(states) - 1), shelf(states[-1])]
+        passes.free(below, activities, states)
+        pairs = zip(below, activities, room, strict=True)
+        between, inputs = passes.between, shelf(s)
+        return states, [DensePoint(s, y, between, inputs, out, passes) for s, y, out in pairs]
 
     def descend(
         self, points: list[Any], e: Tensor, feedback: Feedback
     ) -> tuple[list[Tensor], list[Tensor], Tensor | float]:
         if feedback or not self.together(points):
             return super().descend(points, e, feedback)
-        return Layers.at(points).descend(e)
+        states, activities = _values(points)
+        errors, products = self._below(states[0]), self._below(states[0])
+        passes = points[0].passes
+        squares = passes.descend(states, activities, e.contiguous(), products, errors)
+        return errors, products, squares
 
     def climb(
         self,
@@ -180,11 +174,17 @@ class DenseRun(Run):
             return super().climb(
                 points, d, below, above, products, beta, visit, last_only=last_only
             )
-        displacements, activities, squares = Layers.at(points).climb(
-            d, below, above[-1], products, beta, last_only=last_only
-        )
+        d, spare, norms = d.contiguous(), shelf(d), shelf(d, (len(points), d.shape[0]))
+        activities, change, norm = self._below(d), spare.lend(), norms.lend()
+        displacements = self._last_above(d) if last_only else self._above(d)
+        points[0].passes.climb(
+            *_values(points), d, beta, products, below, change, activities, norms.split(norm),
+            displacements,
+        )  # fmt: skip
+        displacements[-1].add_(above[-1], alpha=beta)
+        spare.give(change)
         moved = [point.moved(y) for point, y in zip(points, activities, strict=True)]
-        return displacements, moved, squares
+        return displacements, moved, norm.square().sum(0)
 
     def signals(self, points: list[Any], above: list[Tensor], scale: float) -> Iterator[Signal]:
         # The last block may be of another shape.
@@ -211,6 +211,25 @@ class DenseRun(Run):
             and others[-1][1] == square
             and all(block.weight.dtype == s.dtype for block in self.blocks)
         )
+
+    def _below(self, like: Tensor) -> list[Tensor]:
+        """Returns tensors for something below every block."""
+        return shelf(like, (len(self.blocks), *like.shape)).lend_rows()
+
+    def _above(self, like: Tensor) -> list[Tensor]:
+        """Returns tensors for something above every block; the last may be of another width."""
+        last = shelf(like, (like.shape[0], self.blocks[-1].height)).lend()
+        return [*shelf(like, (len(self.blocks) - 1, *like.shape)).lend_rows(), last]
+
+    def _last_above(self, like: Tensor) -> list[Tensor]:
+        """Returns the same where only the last will be read: the others stay in the cache."""
+        last = shelf(like, (like.shape[0], self.blocks[-1].height)).lend()
+        return [*[shelf(like).lend()] * (len(self.blocks) - 1), last]
+
+
+def _values(points: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the inputs of points, and their activities."""
+    return [point.values[0] for point in points], [point.values[1] for point in points]
 
 
 class _Gradients:

@@ -1,28 +1,26 @@
-"""One nudged sweep over a plain net of vectors, without a detour: the fast path of ``contrast``.
+"""One step of a multilayer perceptron, captured: the fast path of ``contrast``.
 
-Linear first, then blocks of one width and one activation: a multilayer perceptron. Between two
-products of a small net there is time for little, and here nothing is built that is not read. The
-reference is ``contrast``, which takes every other chain, and this one whenever one sweep has not
-been the end of it.
+Between two products of a small net there is time for little, and nothing here comes back to Python
+between two layers. The reference is ``contrast``, which takes every other chain, and this one
+whenever one sweep has not been the end of it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import Chain, ClosedBlock, DenseRun, Dropout, Layers, Linear, sample_norm
+from mep.blocks import Chain, ClosedBlock, DenseBlock, Linear, Reshape, sample_norm
 from mep.contrast.estimate import Estimate
 from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
 from mep.contrast.strength import strength_of
-from mep.curvature import squares
-from mep.energies import PredictionError, Squared, usable_gain
-from mep.kernels import rows
+from mep.energies import CrossEntropy, PredictionError, Squared, SquaredError, usable_gain
+from mep.kernels import capture, kernels_of
 from mep.memory import phase
 from mep.settling import (
     CONVERGED,
@@ -35,28 +33,27 @@ from mep.settling import (
     verdict,
 )
 
+if TYPE_CHECKING:
+    from mep.kernels.captured import Captured
+
 __all__ = ["Flat", "Swept"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Swept:
-    """What the gradients of a batch are made of.
+    """What a step is made of.
 
     Attributes:
         estimate: the verdict.
-        activities: those below all weights, ``(B, in)``.
-        errors: those above all weights, ``(B, out)``, per unit of beta.
-        finite: whether all gradients are sure to be.
+        captured: activities and errors, and how to learn from them.
     """
 
     estimate: Estimate
-    activities: list[Tensor]
-    errors: list[Tensor]
-    finite: bool
+    captured: Captured
 
 
 class Flat:
-    """A chain of a first layer and one dense run.
+    """A chain of linear layers with activations between them.
 
     Args:
         chain: the chain, one that ``fits``.
@@ -64,15 +61,18 @@ class Flat:
     """
 
     def __init__(self, chain: Chain, how: Settings) -> None:
-        first, run = chain.blocks[0], chain.runs[1]
+        first, *others = chain.blocks
         assert isinstance(first, ClosedBlock) and first.layer is not None
-        assert isinstance(run, DenseRun)
-        self.chain, self.how, self.layer, self.run = chain, how, first.layer, run
+        self.chain, self.how = chain, how
+        self._first, self._others = first.layer, others
+        self._activations = [block.activation.name for block in others]
+        self._known: list[Any] = []
+        self._captured: Captured | None = None
 
     @staticmethod
     def fits(chain: Any, how: Settings) -> bool:
         """Returns whether a chain is plain enough, and no more is asked than one nudged sweep."""
-        settler = how.settler
+        settler, cost = how.settler, how.cost
         once = type(settler) is Limit or (
             type(settler) is Sweep
             and settler.feedback == TRANSPOSE
@@ -83,82 +83,85 @@ class Flat:
             and how.stencil is one_sided
             and type(how.energy) is PredictionError
             and type(how.energy.output) is Squared
+            and (type(cost) is SquaredError or (type(cost) is CrossEntropy and not cost.classes))
             and isinstance(chain, Chain)
-            and len(chain.runs) == 2
-            and isinstance(chain.runs[1], DenseRun)
-            and type(first := chain.blocks[0]) is ClosedBlock
-            and type(first.layer) is Linear
-            and not any(isinstance(operation, Dropout) for operation in first.operations)
+            and _is_first(chain.blocks[0])
+            and len(chain.blocks) > 1
+            and all(type(block) is DenseBlock for block in chain.blocks[1:])
         )
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter | None]]:
         """Returns weights and biases as they are now, in the order of the blocks."""
-        first, blocks = self.layer, self.run.blocks
+        first, blocks = self._first, self._others
         return [first.weight, *(b.weight for b in blocks)], [first.bias, *(b.bias for b in blocks)]
 
     @torch.no_grad()
     def sweep(self, x: Tensor, target: Tensor) -> Swept | None:
-        """Takes free phase, backward sweep and nudged sweep, inside ``Buffers.lend()``.
+        """Takes free phase, backward sweep and nudged sweep.
 
         Args:
-            x: checked input.
+            x: input, ``(B, *in)``.
             target: target as the cost takes it.
 
         Returns:
-            None where the reference is asked for: states that are no vectors, loss or errors that
-            are not finite, a sweep that has not settled while there may be another one.
+            None where the reference is asked for: tensors without kernels, an input that does not
+            fit, loss or gradients that may not be finite, a sweep that has not settled while there
+            may be another one.
 
         Raises:
-            TypeError, ValueError: if input or target do not fit.
+            TypeError, ValueError: if the target does not fit.
         """
-        with phase("mep: settle"):
-            s, point = self.chain.blocks[0].predict_checked(x, x)
-            below = point.values[-1]
-            laid = self.run.lay(s) if below.dim() == 2 else None
-            return None if laid is None else self._settled(below, *laid, target)
-
-    def _settled(
-        self, below: Tensor, layers: Layers, states: list[Tensor], target: Tensor
-    ) -> Swept | None:
-        cost = self.how.cost
-        y = cost.prepare(target, states[-1])
-        loss, gradient = cost.both(states[-1], y)
-        mean, top = loss.mean(), gradient.neg()
-        own = float(torch.linalg.vector_norm(top)) ** 2
-        errors, products, others = layers.descend(top)
-        size = own + float(others)
-        if not math.isfinite(float(mean) + size):
+        flattens = bool(self.chain.blocks[0].operations)
+        if not isinstance(x, Tensor) or x.dim() < 2 or (x.dim() > 2 and not flattens):
             return None
-        gain = usable_gain(size / own if own else math.nan, len(self.chain.blocks))
+        with phase("mep: settle"):
+            a = x.flatten(1).contiguous()
+            captured = self._capture_for(a)
+            return None if captured is None else self._settled(captured, a, target)
+
+    def _capture_for(self, a: Tensor) -> Captured | None:
+        """Returns the tensors of a step; the last ones, where nothing has become another."""
+        if kernels_of(self._activations[0], a) is None:
+            return None
+        weights, biases = self.parameters()
+        known: list[Any] = [a.shape]
+        for p in (*weights, *biases):
+            known.append(p is not None and (p.data_ptr(), p.shape, p.dtype, p.is_contiguous()))
+        if known != self._known:
+            squared = type(self.how.cost) is SquaredError
+            self._captured = capture(self._activations, weights, biases, a, squared)
+            self._known = known
+        return self._captured
+
+    def _settled(self, captured: Captured, a: Tensor, target: Tensor) -> Swept | None:
+        y = self.how.cost.prepare(target, captured.output).contiguous()
+        fallen = captured.fall(a, y)
+        mean, size = fallen.loss.mean(), fallen.top + fallen.below
+        if not math.isfinite(float(mean) + size + fallen.entering):
+            return None
+        gain = usable_gain(size / fallen.top if fallen.top else math.nan, len(self.chain.blocks))
         beta = strength_of(self.how.beta, lambda: gain)
         if isinstance(self.how.settler, Limit):
-            nudge = sample_norm(gradient)
+            nudge = sample_norm(captured.gradient)
             found = Estimate(mean, Residual(nudge.sign(), nudge), 0, LIMIT, beta)
-            return self._swept(found, below, layers.y, [*errors, top], size)
-        moved, activities, forces = layers.climb(
-            torch.mul(errors[0], beta), errors, top, products, beta, last_only=True
-        )
-        nudged = cost.both(states[-1] + moved[-1], y)[1]
-        last = sample_norm(nudged - gradient)
-        balance = Residual.of(torch.addcmul(forces, last, last).sqrt_(), sample_norm(nudged))
-        tol, most = self.how.settler.tol, self.how.settler.max_steps
-        status = verdict(balance, balance.per_sample.median(), tol)
-        if status != CONVERGED and (most > 1 or status != NOT_SETTLED):
-            return None
-        found = Estimate(mean, balance, 1, status, beta)
-        return self._swept(found, below, activities, [*errors, top], size)
-
-    def _swept(
-        self, found: Estimate, below: Tensor, above: list[Tensor], errors: list[Tensor], size: float
-    ) -> Swept:
-        """Gives out what has been found; ``|G| <= |e| |a| / B`` for every gradient.
-
-        What is below a bias is 1 for every sample. ``size`` is the sum of all errors' squares.
-        """
-        bound = self.run.blocks[0].activation.bound
-        if bound < math.inf:
-            total = bound**2 * sum(a.numel() for a in above)
         else:
-            total = sum(squares(a) for a in rows(above))
-        most = math.sqrt(total + squares(below) + len(below)) * math.sqrt(size)
-        return Swept(found, [below, *above], errors, most <= torch.finfo(below.dtype).max)
+            balance = Residual(*captured.rise(beta))
+            tol, more = self.how.settler.tol, self.how.settler.max_steps > 1
+            status = verdict(balance, balance.per_sample.median(), tol)
+            if status != CONVERGED and (more or status != NOT_SETTLED):
+                return None
+            found = Estimate(mean, balance, 1, status, beta)
+        # |G| <= |e| |a| / B for every gradient, and what is below a bias is 1 for every sample.
+        most = math.sqrt(size * (captured.active() + fallen.entering + len(a)))
+        return Swept(found, captured) if most <= torch.finfo(a.dtype).max else None
+
+
+def _is_first(block: Any) -> bool:
+    """Returns whether a block is a linear layer, of the input as it is or flattened."""
+    if type(block) is not ClosedBlock or type(block.layer) is not Linear:
+        return False
+    return all(isinstance(op, Reshape) and _flattens(op.module) for op in block.operations)
+
+
+def _flattens(module: Any) -> bool:
+    return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)

@@ -19,10 +19,19 @@ from mep.kernels.native import native
 from mep.kernels.rows import rows
 
 if TYPE_CHECKING:
+    from mep.kernels.captured import Captured
     from mep.kernels.cpu import Kernels
     from mep.kernels.loops import Loops
 
-__all__ = ["available", "cross_entropy", "eager", "kernels_of", "loops_of", "rows"]
+__all__ = [
+    "available",
+    "capture",
+    "cross_entropy",
+    "eager",
+    "kernels_of",
+    "loops_of",
+    "rows",
+]
 
 # With more classes torch's vectorised exponential takes less time than a scalar one.
 _MOST_CLASSES = 32
@@ -84,6 +93,41 @@ def loops_of(activation: str, weights: Sequence[Tensor]) -> Loops | None:
     from mep.kernels.loops import Loops
 
     return Loops(found, fused.kind, weights)
+
+
+def capture(
+    activations: Sequence[str],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    x: Tensor,
+    squared: bool,
+) -> Captured | None:
+    """Returns what a perceptron's steps need, or None where there are no kernels for them.
+
+    Args:
+        activations: by name, those between layers.
+        weights: ``(out, in)`` each.
+        biases: ``(out,)`` each, or None.
+        x: an input like those to come, ``(B, in)``.
+        squared: whether the cost is half the squared distance; cross-entropy otherwise.
+    """
+    kinds = [kernels_of(name, x) for name in activations]
+    found, n = native(), x.shape[1]
+    for weight, bias in zip(weights, biases, strict=True):
+        fits = weight.dim() == 2 and weight.shape[1] == n and _is_like(weight, x)
+        n = len(weight)
+        if not fits or not (bias is None or (bias.shape == (n,) and _is_like(bias, x))):
+            return None
+    if None in kinds or found is None or not (squared or n <= _MOST_CLASSES):
+        return None
+    from mep.kernels.captured import Captured
+
+    numbers = [kind.kind for kind in kinds if kind is not None]
+    return Captured(found, numbers, weights, biases, len(x), squared)
+
+
+def _is_like(tensor: Tensor, x: Tensor) -> bool:
+    return tensor.dtype == x.dtype and tensor.device == x.device and tensor.is_contiguous()
 
 
 def cross_entropy(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:

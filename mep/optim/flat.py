@@ -1,40 +1,27 @@
-"""One whole step of a plain net: signals go from the sweep straight into the momenta."""
+"""One whole step of a plain net: signals go from the sweep straight into momenta and weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mep.contrast import Settings, chain_of, check_input
+from mep.contrast import Settings, chain_of
 from mep.contrast.estimate import Estimate
 from mep.contrast.flat import Flat, Swept
-from mep.kernels import rows
 from mep.memory import phase
 from mep.optim.updating import States, Updating
 from mep.updates import SGD
-from mep.updates.sgd import momenta_in_a_row
 
 __all__ = ["FlatSteps"]
 
-Add = Callable[[float], Any]
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one parameter group has of the net: weights and biases that are taken together."""
-
-    group: int
-    weights: list[list[int]]
-    biases: list[list[int]]
-
 
 class FlatSteps:
-    """Steps by ``Flat`` and SGD with momentum, where nothing else has to see the gradients.
+    """Steps by ``Flat`` and SGD, where nothing else has to see the gradients.
 
     Args:
         updating: the rule and what goes with it.
@@ -43,13 +30,12 @@ class FlatSteps:
     def __init__(self, updating: Updating) -> None:
         alone = updating.constraint is None and updating.penalty is None
         rule = updating.rule if alone and updating.clip_norm is None else None
-        self._rule: SGD | None = (
-            rule if type(rule) is SGD else None
-        )  # a subclass may have a step of its own
+        # A subclass may have a step of its own.
+        self._rule: SGD | None = rule if type(rule) is SGD else None
         self._flat: Flat | None = None
         self._parameters: list[Any] = []  # of the net, and then of the groups
         self._sizes: list[int] = []
-        self._shares: list[_Share] = []
+        self._homes: list[int] = []  # the group of every weight, and then of every bias
 
     def take(
         self,
@@ -60,7 +46,7 @@ class FlatSteps:
         groups: Sequence[dict[str, Any]],
         state: States,
     ) -> Estimate | None:
-        """Takes a step inside ``Buffers.lend()``; None if it is not for it, and nothing was done.
+        """Takes a step; None if it is not for it, and nothing was done.
 
         Args:
             model: the model.
@@ -71,7 +57,7 @@ class FlatSteps:
             state: per parameter.
 
         Raises:
-            TypeError, ValueError: if input or target do not fit; nothing has changed then.
+            TypeError, ValueError: if the target does not fit; nothing has changed then.
         """
         if self._rule is None:
             return None
@@ -79,13 +65,11 @@ class FlatSteps:
         if not self._prepared(chain, how, groups):
             return None
         assert self._flat is not None
-        check_input(chain, x)
         swept = self._flat.sweep(x, target)
-        if swept is None or not swept.finite:
+        if swept is None:
             return None
         with phase("mep: update"):
-            self._update(swept, groups, state)
-        return swept.estimate
+            return swept.estimate if self._learn(swept, groups, state) else None
 
     def _prepared(self, chain: Any, how: Settings, groups: Sequence[dict[str, Any]]) -> bool:
         """Returns whether the chain fits, with all of its parameters in some group."""
@@ -97,97 +81,47 @@ class FlatSteps:
         every, sizes = [*weights, *biases], [len(group["params"]) for group in groups]
         known = [*every, *(p for group in groups for p in group["params"])]
         if sizes != self._sizes or not _same(known, self._parameters):
-            self._shares = _shares(weights, biases, groups)
+            self._homes = _homes(every, groups)
             self._parameters, self._sizes = known, sizes
-        with_momentum = all(groups[share.group]["momentum"] for share in self._shares)
-        frozen = any(p is None or not p.requires_grad for p in every)
-        return bool(self._shares) and with_momentum and not frozen
+        return bool(self._homes) and all(p is None or p.requires_grad for p in every)
 
-    def _update(self, swept: Swept, groups: Sequence[dict[str, Any]], state: States) -> None:
-        assert self._rule is not None and self._flat is not None
+    def _learn(self, swept: Swept, groups: Sequence[dict[str, Any]], state: States) -> bool:
+        """Takes the step; returns False, before anything is done, if a momentum is no plain one."""
+        assert self._flat is not None and self._rule is not None
         weights, biases = self._flat.parameters()
-        activities, errors = swept.activities, swept.errors
-        scale = -1 / len(errors[0])  # errors come per unit of beta
-        for share in self._shares:
-            own, momenta, adds = [], [], []
-            for parameters, spans, products in (
-                (weights, share.weights, True), (biases, share.biases, False),
-            ):  # fmt: skip
-                for span in spans:
-                    chosen: list[Any] = [parameters[k] for k in span]
-                    own += chosen
-                    e, a = [errors[k] for k in span], [activities[k] for k in span]
-                    states = [state[p] for p in chosen]
-                    momenta += _prepare(adds, chosen, states, e, a if products else None, scale)
-            self._rule.fold(
-                own, momenta, lambda keep, adds=adds: _all(adds, keep), groups[share.group]
-            )
+        addresses = []
+        for p, home in zip((*weights, *biases), self._homes, strict=True):
+            m = None if p is None or not groups[home]["momentum"] else _momentum(state[p], p)
+            if m is not None and not (m.is_contiguous() and m.dtype == p.dtype):
+                return False
+            addresses.append(0 if m is None else m.data_ptr())
+        numbers = np.array([_numbers(group, self._rule.decoupled) for group in groups])
+        swept.captured.numbers[:] = numbers[self._homes].reshape(2, len(weights), -1)
+        swept.captured.learn(addresses[: len(weights)], addresses[len(weights) :])
+        return True
 
 
-def _prepare(
-    adds: list[Add],
-    parameters: list[Any],
-    states: list[dict[str, Any]],
-    errors: list[Tensor],
-    activities: list[Tensor] | None,
-    scale: float,
-) -> list[Tensor]:
-    """Notes how the gradients of neighbours are added to their momenta; returns these."""
-    if len(parameters) > 1:
-        whole, momenta = momenta_in_a_row(parameters, states)
-        (e,) = rows(errors)
-        if activities is None:
-            adds.append(lambda keep: whole.mul_(keep).add_(e.sum(1), alpha=scale))
-        else:
-            (a,) = rows(activities)
-            adds.append(lambda keep: whole.baddbmm_(e.mT, a, beta=keep, alpha=scale))
-        return momenta
-    (p,), (own,), (e,) = parameters, states, errors
+def _momentum(own: dict[str, Any], p: Tensor) -> Tensor:
     if own.get("momentum_buffer") is None:
         own["momentum_buffer"] = torch.zeros_like(p)
-    m = own["momentum_buffer"]
-    if activities is None:
-        adds.append(lambda keep: m.mul_(keep).add_(e.sum(0), alpha=scale))
-    else:
-        adds.append(lambda keep: m.addmm_(e.t(), activities[0], beta=keep, alpha=scale))
-    return [m]
+    return own["momentum_buffer"]
+
+
+def _numbers(group: dict[str, Any], decoupled: bool) -> tuple[float, ...]:
+    """Returns rate, momentum, decay in the gradient and out of it, and Nesterov's 1 or 0."""
+    lr, decay = float(group["lr"] * group["lr_scale"]), float(group["weight_decay"])
+    inside, outside = (0.0, decay) if decoupled else (decay, 0.0)
+    return lr, float(group["momentum"]), inside, outside, float(group["nesterov"])
 
 
 def _same(tensors: list[Any], known: list[Any]) -> bool:
     return len(tensors) == len(known) and all(map(is_, tensors, known))
 
 
-def _all(adds: list[Add], keep: float) -> None:
-    for add in adds:
-        add(keep)
-
-
-def _spans(places: list[int], count: int) -> list[list[int]]:
-    """Returns the places that are taken together: all between the first and the last layer.
-
-    >>> _spans([0, 1, 2, 3], 4), _spans([1], 4)
-    ([[0], [3], [1, 2]], [[1]])
-    """
-    middle = [k for k in places if 0 < k < count - 1]
-    if len(middle) < max(2, count - 2):
-        return [[k] for k in places]
-    return [*([k] for k in places if k in (0, count - 1)), middle]
-
-
-def _shares(
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], groups: Sequence[dict[str, Any]]
-) -> list[_Share]:
-    """Returns what every group has of the net; nothing if some of it is no group's, or twice."""
+def _homes(every: Sequence[Tensor | None], groups: Sequence[dict[str, Any]]) -> list[int]:
+    """Returns every parameter's group, any for None; nothing if one is in no group, or twice."""
     home = {id(p): k for k, group in enumerate(groups) for p in group["params"]}
-    every = [id(p) for p in (*weights, *biases)]
-    if len({*every}) < len(every) or not home.keys() >= {*every}:
+    own = [id(p) for p in every if p is not None]
+    if len({*own}) < len(own) or not home.keys() >= {*own}:
         return []
-    shares = [
-        _Share(
-            k,
-            _spans([i for i, p in enumerate(weights) if home[id(p)] == k], len(weights)),
-            _spans([i for i, p in enumerate(biases) if home[id(p)] == k], len(weights)),
-        )
-        for k in range(len(groups))
-    ]
-    return [share for share in shares if share.weights or share.biases]
+    return [0 if p is None else home[id(p)] for p in every]

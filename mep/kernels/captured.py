@@ -1,0 +1,150 @@
+"""The tensors of a perceptron's step, with all addresses written down once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mep.kernels.native import Native
+from mep.kernels.perceptron import HEAD, NUMBERS, OWN, SUMS, TABLES, fall, learn, rise
+from mep.kernels.team import COMMON, call
+
+__all__ = ["Captured", "Fallen"]
+
+
+@dataclass(frozen=True)
+class Fallen:
+    """What the free phase and the errors' way down leave.
+
+    Attributes:
+        loss: cost per sample, ``(B,)``; good until the next step.
+        top: squares of the output's error, summed.
+        below: those of all others.
+        entering: squares of the input.
+    """
+
+    loss: Tensor
+    top: float
+    below: float
+    entering: float
+
+
+class Captured:
+    """Steps of one perceptron on batches of one size: float32, on a CPU.
+
+    Args:
+        found: functions of torch's libraries.
+        kinds: numbers of the activations between layers.
+        weights: ``(out, in)``, contiguous, each as wide as the one before is high.
+        biases: ``(out,)``, contiguous, or None.
+        batch: number of samples.
+        squared: whether the cost is half the squared distance; cross-entropy otherwise.
+
+    Attributes:
+        output: the free output, ``(B, out)``; good until the next step.
+        gradient: of the cost there.
+        numbers: ``(2, L, 5)``, for weights and biases: rate, momentum, decay in the gradient and
+            out of it, 1 for Nesterov's momentum.
+    """
+
+    def __init__(
+        self,
+        found: Native,
+        kinds: Sequence[int],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        batch: int,
+        squared: bool,
+    ) -> None:
+        self._native, self._batch, depth = found, batch, len(weights)
+        self._work = batch * sum(w.numel() for w in weights)
+        self._job = np.zeros(HEAD + len(TABLES) * depth, dtype=np.int64)
+        self._tables = dict(zip(TABLES, self._job[HEAD:].reshape(-1, depth), strict=True))
+        widths = [len(weight) for weight in weights]
+        self._kept: list[Tensor] = []  # addresses are good as long as these live
+        self._batch_in_use: tuple[Tensor, ...] = ()
+        self._nudged = False
+        self._put(width=widths, kind=[*kinds, 0], weight=_addresses(weights))
+        self._put(bias=_addresses(biases))
+        states = self._rooms(widths)
+        self._put(s=_addresses(states), e=_addresses(self._rooms(widths)))
+        for name in ("y", "p", "y_new"):
+            self._put(**{name: [*_addresses(self._rooms(widths[:-1])), 0]})
+        self._put(force=[*_addresses(self._rooms([1] * (depth - 1))), 0])
+        self.output, self._loss = states[-1], self._room(batch)
+        self.gradient = self._room(batch, widths[-1])
+        self._sums = np.zeros((torch.get_num_threads(), SUMS))
+        self._beta, self.numbers = np.zeros(1), np.zeros((2, depth, NUMBERS))
+        most = max(widths)
+        self._set(
+            depth=depth, inputs=weights[0].shape[1], squared=squared, most=most,
+            loss=self._loss.data_ptr(), gradient=self.gradient.data_ptr(),
+            nudged=self._room(batch, widths[-1]).data_ptr(),
+            change=self._room(batch, most).data_ptr(), moved=self._room(batch, most).data_ptr(),
+            beta=self._beta.ctypes.data, numbers=self.numbers.ctypes.data,
+        )  # fmt: skip
+
+    def fall(self, x: Tensor, target: Tensor) -> Fallen:
+        """Runs the free phase and the backward sweep.
+
+        Args:
+            x: ``(B, in)``, contiguous.
+            target: ``(B,)`` int64, or ``(B, out)`` float32; contiguous.
+        """
+        if len(self._sums) < torch.get_num_threads():
+            self._sums = np.zeros((torch.get_num_threads(), SUMS))
+        self._sums[:] = 0
+        self._batch_in_use, self._nudged = (x, target), False
+        self._set(x=x.data_ptr(), target=target.data_ptr(), sums=self._sums.ctypes.data)
+        call(self._native, fall, self._job, self._batch, 2 * self._work)
+        return Fallen(self._loss, *self._sums.sum(0).tolist()[:3])
+
+    def active(self) -> float:
+        """Returns the squares of all activities, of the nudged states once there are some."""
+        return float(self._sums[:, 3].sum())
+
+    def rise(self, beta: float) -> tuple[Tensor, Tensor]:
+        """Takes the nudged sweep; returns residuals and nudges per sample, ``(B,)`` each."""
+        residual, strength = torch.empty(2, self._batch).unbind()
+        self._beta[0], self._nudged = beta, True
+        self._set(residual=residual.data_ptr(), strength=strength.data_ptr())
+        call(self._native, rise, self._job, self._batch, self._work)
+        return residual, strength
+
+    def learn(self, weights: list[int], biases: list[int]) -> None:
+        """Takes the step by what has been written to ``numbers``, at the states settled last.
+
+        Args:
+            weights: addresses of the weights' momenta; 0 for one without.
+            biases: the same of the biases.
+        """
+        own = self._tables
+        own["weight momentum"][:], own["bias momentum"][:] = weights, biases
+        own["activity"][:] = own["y_new" if self._nudged else "y"]
+        call(self._native, learn, self._job, self._batch, self._work)
+
+    def _put(self, **rows: Sequence[int]) -> None:
+        for name, row in rows.items():
+            self._tables[name][:] = row
+
+    def _set(self, **numbers: int) -> None:
+        for name, number in numbers.items():
+            self._job[_PLACES[name]] = number
+
+    def _room(self, *shape: int) -> Tensor:
+        self._kept.append(torch.empty(shape))
+        return self._kept[-1]
+
+    def _rooms(self, widths: Sequence[int]) -> list[Tensor]:
+        return [self._room(self._batch, n) for n in widths]
+
+
+_PLACES = {name: place for place, name in enumerate(OWN, COMMON)}
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
