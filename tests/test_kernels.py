@@ -328,10 +328,11 @@ def test_step_needs_no_kernels(who, request, monkeypatch):
         request.getfixturevalue("without_numba")
     elif who == "kernels":
         pytest.importorskip("numba")
+        from mep.kernels.captured import Captured
     calls = []
-    kind = type(arithmetic("tanh")) if who == "kernels" else Elementwise
-    original = kind.nudge
-    monkeypatch.setattr(kind, "nudge", lambda self, *a: calls.append(self) or original(self, *a))
+    kind, name = (Captured, "rise") if who == "kernels" else (Elementwise, "nudge")
+    original = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda self, *a: calls.append(self) or original(self, *a))
     with mep.kernels.eager() if who == "eager" else contextlib.nullcontext():
         found = update(torch.float32)
     assert {type(self) for self in calls} == {kind}

@@ -61,11 +61,12 @@ class Flat:
     """
 
     def __init__(self, chain: Chain, how: Settings) -> None:
-        first, *others = chain.blocks
+        first, others = chain.blocks[0], chain.blocks[1:]
         assert isinstance(first, ClosedBlock) and first.layer is not None
         self.chain, self.how = chain, how
-        self._first, self._others = first.layer, others
-        self._activations = [block.activation.name for block in others]
+        self._first, self._flattens = first.layer, bool(first.operations)
+        self._others = [block for block in others if isinstance(block, DenseBlock)]
+        self._activations = [block.activation.name for block in self._others]
         self._known: list[Any] = []
         self._captured: Captured | None = None
 
@@ -111,8 +112,7 @@ class Flat:
         Raises:
             TypeError, ValueError: if the target does not fit.
         """
-        flattens = bool(self.chain.blocks[0].operations)
-        if not isinstance(x, Tensor) or x.dim() < 2 or (x.dim() > 2 and not flattens):
+        if not isinstance(x, Tensor) or x.dim() < 2 or (x.dim() > 2 and not self._flattens):
             return None
         with phase("mep: settle"):
             a = x.flatten(1).contiguous()

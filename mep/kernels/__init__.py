@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mep.kernels.native import native
+from mep.kernels.library import native
 from mep.kernels.rows import rows
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mep.kernels.native import Native
+from mep.kernels.library import Native
 from mep.kernels.perceptron import HEAD, NUMBERS, OWN, SUMS, TABLES, fall, learn, rise
 from mep.kernels.team import COMMON, call
 
@@ -60,32 +60,35 @@ class Captured:
         batch: int,
         squared: bool,
     ) -> None:
-        self._native, self._batch, depth = found, batch, len(weights)
+        depth, widths, most = len(weights), [len(w) for w in weights], max(map(len, weights))
+        self._native, self._batch = found, batch
         self._work = batch * sum(w.numel() for w in weights)
-        self._job = np.zeros(HEAD + len(TABLES) * depth, dtype=np.int64)
-        self._tables = dict(zip(TABLES, self._job[HEAD:].reshape(-1, depth), strict=True))
-        widths = [len(weight) for weight in weights]
         self._kept: list[Tensor] = []  # addresses are good as long as these live
         self._batch_in_use: tuple[Tensor, ...] = ()
         self._nudged = False
-        self._put(width=widths, kind=[*kinds, 0], weight=_addresses(weights))
-        self._put(bias=_addresses(biases))
+        self._job = np.zeros(HEAD + len(TABLES) * depth, dtype=np.int64)
+        self._tables = dict(zip([*TABLES], self._job[HEAD:].reshape(-1, depth), strict=True))
         states = self._rooms(widths)
-        self._put(s=_addresses(states), e=_addresses(self._rooms(widths)))
+        tables: dict[str, Sequence[int]] = {
+            "width": widths, "kind": [*kinds, 0], "weight": _addresses(weights),
+            "bias": _addresses(biases), "s": _addresses(states),
+            "e": _addresses(self._rooms(widths)),
+            "force": [*_addresses(self._rooms([1] * (depth - 1))), 0],
+        }  # fmt: skip
         for name in ("y", "p", "y_new"):
-            self._put(**{name: [*_addresses(self._rooms(widths[:-1])), 0]})
-        self._put(force=[*_addresses(self._rooms([1] * (depth - 1))), 0])
-        self.output, self._loss = states[-1], self._room(batch)
-        self.gradient = self._room(batch, widths[-1])
+            tables[name] = [*_addresses(self._rooms(widths[:-1])), 0]
+        for name, row in tables.items():
+            self._tables[name][:] = row
+        self.output, self.gradient = states[-1], self._room(widths[-1])
+        self._loss = self._room(1).view(-1)
         self._sums = np.zeros((torch.get_num_threads(), SUMS))
         self._beta, self.numbers = np.zeros(1), np.zeros((2, depth, NUMBERS))
-        most = max(widths)
         self._set(
             depth=depth, inputs=weights[0].shape[1], squared=squared, most=most,
             loss=self._loss.data_ptr(), gradient=self.gradient.data_ptr(),
-            nudged=self._room(batch, widths[-1]).data_ptr(),
-            change=self._room(batch, most).data_ptr(), moved=self._room(batch, most).data_ptr(),
-            beta=self._beta.ctypes.data, numbers=self.numbers.ctypes.data,
+            nudged=self._room(widths[-1]).data_ptr(), change=self._room(most).data_ptr(),
+            moved=self._room(most).data_ptr(), beta=self._beta.ctypes.data,
+            numbers=self.numbers.ctypes.data,
         )  # fmt: skip
 
     def fall(self, x: Tensor, target: Tensor) -> Fallen:
@@ -109,7 +112,7 @@ class Captured:
 
     def rise(self, beta: float) -> tuple[Tensor, Tensor]:
         """Takes the nudged sweep; returns residuals and nudges per sample, ``(B,)`` each."""
-        residual, strength = torch.empty(2, self._batch).unbind()
+        residual, strength = _empty(2, self._batch).unbind()
         self._beta[0], self._nudged = beta, True
         self._set(residual=residual.data_ptr(), strength=strength.data_ptr())
         call(self._native, rise, self._job, self._batch, self._work)
@@ -127,20 +130,16 @@ class Captured:
         own["activity"][:] = own["y_new" if self._nudged else "y"]
         call(self._native, learn, self._job, self._batch, self._work)
 
-    def _put(self, **rows: Sequence[int]) -> None:
-        for name, row in rows.items():
-            self._tables[name][:] = row
-
     def _set(self, **numbers: int) -> None:
         for name, number in numbers.items():
             self._job[_PLACES[name]] = number
 
-    def _room(self, *shape: int) -> Tensor:
-        self._kept.append(torch.empty(shape))
+    def _room(self, n: int) -> Tensor:
+        self._kept.append(_empty(self._batch, n))
         return self._kept[-1]
 
     def _rooms(self, widths: Sequence[int]) -> list[Tensor]:
-        return [self._room(self._batch, n) for n in widths]
+        return [self._room(n) for n in widths]
 
 
 _PLACES = {name: place for place, name in enumerate(OWN, COMMON)}
@@ -148,3 +147,7 @@ _PLACES = {name: place for place, name in enumerate(OWN, COMMON)}
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")

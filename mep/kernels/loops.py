@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mep.kernels.cpu import activate, doubles, floats, nudge, pull
-from mep.kernels.native import Native
+from mep.kernels.library import Native
 from mep.kernels.team import COMMON, N, T, alone, as_before, call, lane, product, share
 
 __all__ = ["Loops"]

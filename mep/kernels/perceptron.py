@@ -30,8 +30,8 @@ OWN = ("depth", "inputs", "squared", "x", "target", "loss", "gradient", "nudged"
  _CHANGE, _MOVED, _SUMS, _BETA, _NUMBERS) = range(COMMON, COMMON + len(OWN))  # fmt: skip
 HEAD = COMMON + len(OWN)
 # Of layer k: its width; its activation, that of the state above; weight, bias and their momenta (0
-# without); the state above, its activity, product and error; activity and force of the nudged one; and that activity
-# which is learned from.
+# without); the state above, its activity, product and error; activity and force of the nudged one;
+# and which activity is learned from.
 TABLES = ("width", "kind", "weight", "bias", "weight momentum", "bias momentum", "s", "y", "p",
           "e", "y_new", "force", "activity")  # fmt: skip
 # Of one lane, added up over its samples: squares of the output's error, of those below, of the

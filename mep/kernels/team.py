@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from mep.kernels.cpu import compiled
-from mep.kernels.native import Native
+from mep.kernels.library import Native
 
 __all__ = ["COMMON", "N", "T", "alone", "as_before", "call", "lane", "product", "share"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -17,7 +18,32 @@ from mep.memory import phase
 from mep.optim.updating import States, Updating
 from mep.updates import SGD
 
-__all__ = ["FlatSteps"]
+__all__ = ["FlatSteps", "Patience"]
+
+
+@dataclass
+class Patience:
+    """After a batch that one sweep has not settled, the next ones are left to the reference.
+
+    Attributes:
+        pause: how many were, the last time; 0 after a batch that has settled.
+        left: how many still are.
+    """
+
+    pause: int = 0
+    left: int = 0
+
+    def tries(self) -> bool:
+        """Returns whether the next batch is worth a try."""
+        if self.left == 0:
+            return True
+        self.left -= 1
+        return False
+
+    def learn(self, settled: bool) -> None:
+        """Takes note of how a batch went: the pause grows to 32 batches."""
+        self.pause = 0 if settled else min(2 * self.pause + 1, 32)
+        self.left = self.pause
 
 
 class FlatSteps:
@@ -25,9 +51,11 @@ class FlatSteps:
 
     Args:
         updating: the rule and what goes with it.
+        patience: part of what a run needs to go on as it would have.
     """
 
-    def __init__(self, updating: Updating) -> None:
+    def __init__(self, updating: Updating, patience: Patience) -> None:
+        self._patience = patience
         alone = updating.constraint is None and updating.penalty is None
         rule = updating.rule if alone and updating.clip_norm is None else None
         # A subclass may have a step of its own.
@@ -65,7 +93,10 @@ class FlatSteps:
         if not self._prepared(chain, how, groups):
             return None
         assert self._flat is not None
+        if not self._patience.tries():
+            return None
         swept = self._flat.sweep(x, target)
+        self._patience.learn(swept is not None)
         if swept is None:
             return None
         with phase("mep: update"):
@@ -91,10 +122,13 @@ class FlatSteps:
         weights, biases = self._flat.parameters()
         addresses = []
         for p, home in zip((*weights, *biases), self._homes, strict=True):
-            m = None if p is None or not groups[home]["momentum"] else _momentum(state[p], p)
-            if m is not None and not (m.is_contiguous() and m.dtype == p.dtype):
+            if p is None or not groups[home]["momentum"]:
+                addresses.append(0)
+                continue
+            m = _momentum(state[p], p)
+            if not (m.is_contiguous() and m.dtype == p.dtype):
                 return False
-            addresses.append(0 if m is None else m.data_ptr())
+            addresses.append(m.data_ptr())
         numbers = np.array([_numbers(group, self._rule.decoupled) for group in groups])
         swept.captured.numbers[:] = numbers[self._homes].reshape(2, len(weights), -1)
         swept.captured.learn(addresses[: len(weights)], addresses[len(weights) :])

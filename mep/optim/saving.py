@@ -21,6 +21,7 @@ class Saved(torch.optim.Optimizer):
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "easing": self.easing.factor,
+            "patience": (self.patience.pause, self.patience.left),
         }
         return {**super().state_dict(), "ep": counts}
 
@@ -35,6 +36,7 @@ class Saved(torch.optim.Optimizer):
         self.skipped = counts.get("skipped", 0)
         self.skipped_in_a_row = counts.get("skipped_in_a_row", 0)
         self.easing.factor = counts.get("easing", 1.0)
+        self.patience.pause, self.patience.left = counts.get("patience", (0, 0))
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -44,7 +46,7 @@ class Saved(torch.optim.Optimizer):
     def __getstate__(self: Any) -> dict[str, Any]:
         # The base class keeps three entries only; a scheduler's patched `step` must not travel.
         kept = (
-            "model", "mode", "_updating", "easing", "blockwise", "_budget", "how", "last",
-            "max_skipped", "skipped", "skipped_in_a_row", "unsettled",
+            "model", "mode", "_updating", "easing", "patience", "blockwise", "_budget", "how",
+            "last", "max_skipped", "skipped", "skipped_in_a_row", "unsettled",
         )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}

@@ -19,7 +19,7 @@ from mep.curvature import Factors, stack_of
 from mep.kernels import rows
 from mep.updates.rule import Rule, check_numbers
 
-__all__ = ["SGD", "momenta_in_a_row"]
+__all__ = ["SGD"]
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class SGD(Rule):
 
         else:
             stack, scale = found
-            whole, momenta = momenta_in_a_row(parameters, states)
+            whole, momenta = _in_a_row(parameters, states)
 
             def add(keep: float) -> None:
                 whole.baddbmm_(stack.errors.mT, stack.activities, beta=keep, alpha=scale)
 
-        self.fold(parameters, momenta, add, group)
+        self._take(parameters, momenta, add, group)
 
-    def fold(
+    def _take(
         self,
         parameters: list[Tensor],
         momenta: list[Tensor],
@@ -151,7 +151,7 @@ class SGD(Rule):
         _foreach_add_(parameters, momenta, alpha=-lr * (1 + mu if group["nesterov"] else 1))
 
 
-def momenta_in_a_row(
+def _in_a_row(
     parameters: list[Tensor], states: list[dict[str, Any]]
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns the momenta of two or more parameters of one shape, ``(k, *shape)``, and one by one.

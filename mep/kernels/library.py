@@ -64,7 +64,7 @@ def _found(library: ctypes.CDLL, sgemm: Any) -> Native:
         return Native(_address(sgemm), 0, 0, 0, None)  # a product takes all threads by itself
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-    return Native(*map(_address, (sgemm, limit, place, team)), parallel)
+    return Native(_address(sgemm), _address(limit), _address(place), _address(team), parallel)
 
 
 def _address(function: Any) -> int:
