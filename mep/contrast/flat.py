@@ -21,7 +21,7 @@ from mep.contrast.stencils import one_sided
 from mep.contrast.strength import strength_of
 from mep.energies import CrossEntropy, PredictionError, Squared, SquaredError, usable_gain
 from mep.kernels import capture, kernels_of
-from mep.memory import phase
+from mep.memory import phase, show_use
 from mep.settling import (
     CONVERGED,
     LIMIT,
@@ -117,7 +117,10 @@ class Flat:
         with phase("mep: settle"):
             a = x.flatten(1).contiguous()
             captured = self._capture_for(a)
-            return None if captured is None else self._settled(captured, a, target)
+            if captured is None:
+                return None
+            show_use(captured.tensors, "states")
+            return self._settled(captured, a, target)
 
     def _capture_for(self, a: Tensor) -> Captured | None:
         """Returns the tensors of a step; the last ones, where nothing has become another."""

@@ -45,6 +45,7 @@ class Captured:
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
 
     Attributes:
+        tensors: all that there is, for those who count.
         output: the free output, ``(B, out)``; good until the next step.
         gradient: of the cost there.
         numbers: ``(2, L, 5)``, for weights and biases: rate, momentum, decay in the gradient and
@@ -63,10 +64,10 @@ class Captured:
         depth, widths, most = len(weights), [len(w) for w in weights], max(map(len, weights))
         self._native, self._batch = found, batch
         self._work = batch * sum(w.numel() for w in weights)
-        self._kept: list[Tensor] = []  # addresses are good as long as these live
+        self.tensors: list[Tensor] = []  # addresses are good as long as these live
         self._batch_in_use: tuple[Tensor, ...] = ()
         self._nudged = False
-        self._job = np.zeros(HEAD + len(TABLES) * depth, dtype=np.int64)
+        self._job = self._array(HEAD + len(TABLES) * depth, torch.int64)
         self._tables = dict(zip([*TABLES], self._job[HEAD:].reshape(-1, depth), strict=True))
         states = self._rooms(widths)
         tables: dict[str, Sequence[int]] = {
@@ -82,7 +83,8 @@ class Captured:
         self.output, self.gradient = states[-1], self._room(widths[-1])
         self._loss = self._room(1).view(-1)
         self._sums = np.zeros((torch.get_num_threads(), SUMS))
-        self._beta, self.numbers = np.zeros(1), np.zeros((2, depth, NUMBERS))
+        self._beta, self.numbers = np.zeros(1), self._array(2 * depth * NUMBERS, torch.float64)
+        self.numbers = self.numbers.reshape(2, depth, NUMBERS)
         self._set(
             depth=depth, inputs=weights[0].shape[1], squared=squared, most=most,
             loss=self._loss.data_ptr(), gradient=self.gradient.data_ptr(),
@@ -135,8 +137,12 @@ class Captured:
             self._job[_PLACES[name]] = number
 
     def _room(self, n: int) -> Tensor:
-        self._kept.append(_empty(self._batch, n))
-        return self._kept[-1]
+        self.tensors.append(_empty(self._batch, n))
+        return self.tensors[-1]
+
+    def _array(self, size: int, dtype: torch.dtype) -> np.ndarray:
+        self.tensors.append(torch.zeros(size, dtype=dtype, device="cpu"))
+        return self.tensors[-1].numpy()
 
     def _rooms(self, widths: Sequence[int]) -> list[Tensor]:
         return [self._room(n) for n in widths]

@@ -2,7 +2,7 @@
 
 from mep.memory.plan import Footprint, Plan, Update, plan, spans
 from mep.memory.size import parse, show
-from mep.memory.tracker import KINDS, Usage, label, phase, track
+from mep.memory.tracker import KINDS, Usage, label, phase, show_use, track
 
 __all__ = [
     "KINDS",
@@ -15,6 +15,7 @@ __all__ = [
     "phase",
     "plan",
     "show",
+    "show_use",
     "spans",
     "track",
 ]

@@ -13,7 +13,7 @@ from torch.autograd.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["KINDS", "Usage", "label", "phase", "track"]
+__all__ = ["KINDS", "Usage", "label", "phase", "show_use", "track"]
 
 PARAMETERS, STATE = "parameters", "optimizer state"
 KINDS: tuple[str, ...] = (PARAMETERS, STATE, "gradients", "states", "other")
@@ -61,6 +61,19 @@ def label(tensor: Tensor, kind: str) -> Tensor:
     for tracker in _watching:
         tracker.label(tensor, kind)
     return tensor
+
+
+def show_use(tensors: Iterable[Tensor], kind: str) -> None:
+    """Tells the trackers that look on of tensors that are used without an operation of torch's.
+
+    >>> with track() as usage:
+    ...     show_use([torch.zeros(256)], "states")
+    >>> usage.peak["states"]
+    1024
+    """
+    for tracker in _watching:
+        for tensor in tensors:
+            tracker.label(tensor, kind)
 
 
 @dataclass
