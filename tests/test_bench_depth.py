@@ -46,6 +46,17 @@ def test_every_arm_is_there_with_its_figures(record, tmp_path):
     assert "EP, hidden layers held at I" in (tmp_path / "table.txt").read_text()
 
 
+def test_without_a_budget_nothing_is_planned(record, data, tmp_path):
+    """The same steps, to rounding, with all states at hand."""
+    found = bench.run(replace(CONFIG, arms=("ep",), seeds=(0,), memory=None), data, tmp_path, "")
+    (entry,) = found.summary["arms"]
+    assert entry["planned"] is None and entry["extra"] > parse("48kB", "memory")
+    within = [r["loss"] for r in record.rows if (r["arm"], r["seed"]) == ("ep", 0)]
+    assert [r["loss"] for r in found.rows] == pytest.approx(within, rel=1e-4)
+    publish(tmp_path, found, bench.table(found), bench.plot(found), "depth.png")
+    assert "budget none" in (tmp_path / "table.txt").read_text()
+
+
 def test_finished_parts_are_not_done_again(record, data, tmp_path, monkeypatch):
     config = replace(CONFIG, arms=("identity",), seeds=(0,))
     first = bench.run(config, data, tmp_path, "mep bench depth")

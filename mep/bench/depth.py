@@ -52,7 +52,8 @@ class DepthConfig:
         batch: samples per update, >= 1.
         lr: learning rate of first and last layer; hidden ones take ``lr / depth``.
         warmup: steps over which the rate rises; it falls to zero in a line from then on.
-        memory: budget of an EP step, as ``EPOptimizer(memory_budget=)`` takes it.
+        memory: budget of an EP step, as ``EPOptimizer(memory_budget=)`` takes it; None for as much
+            as it takes.
         c: relative strength of the nudge.
 
     Raises:
@@ -67,7 +68,7 @@ class DepthConfig:
     batch: int = 128
     lr: float = 0.1
     warmup: int = 100
-    memory: str = "16MB"
+    memory: str | None = "16MB"
     c: float = 0.05
 
     def __post_init__(self) -> None:
@@ -270,7 +271,7 @@ def table(record: Record) -> Table:
     config = record.config
     return Table(
         f"{config['data']}, width {config['width']}, {config['steps']} steps of {config['batch']}, "
-        f"budget {config['memory']}, seeds {', '.join(map(str, config['seeds']))}",
+        f"budget {config['memory'] or 'none'}, seeds {', '.join(map(str, config['seeds']))}",
         [
             "arm", "layers", "test accuracy", "over identity", "middle reset", "extra memory",
             "planned", "ms", "residual", "aggregate", "settled", "c", "cosine", "silent",

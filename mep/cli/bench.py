@@ -105,7 +105,7 @@ def depth(
     batch: options.Batch = 128,
     lr: Annotated[float, typer.Option(help="Of first and last layer; hidden: by depth.")] = 0.1,
     warmup: Annotated[int, typer.Option(help="Steps over which the rate rises.")] = 100,
-    memory: Annotated[str, typer.Option(help="Budget of an EP step.")] = "16MB",
+    memory: Annotated[str, typer.Option(help="Budget of an EP step, or none.")] = "16MB",
     c: Annotated[float, typer.Option("--c", help="Relative strength of the nudge.")] = 0.05,
     data_dir: options.DataDir = None,
     out: options.Out = Path("runs/bench-depth"),
@@ -116,7 +116,8 @@ def depth(
         data = choices.load(dataset, data_dir, None)
         config = depth_benchmark.DepthConfig(
             tuple(arms.split(",")), choices.integers("--depths", depths),
-            choices.integers("--seeds", seeds), steps, width, batch, lr, warmup, memory, c,
+            choices.integers("--seeds", seeds), steps, width, batch, lr, warmup,
+            None if memory == "none" else memory, c,
         )  # fmt: skip
     with choices.running():
         record = depth_benchmark.run(config, data, out, choices.command_line(context))

@@ -22,11 +22,15 @@ class Gradients:
     Args:
         factored: ids of the parameters whose gradients stay factors where they are outer products.
         folded: the same, but only where the gradient would have to be formed otherwise.
+
+    Attributes:
+        formed: whether the gradient of some matrix or kernel has been formed.
     """
 
     def __init__(self, factored: Collection[int] = (), folded: Collection[int] = ()) -> None:
         self._factored, self._folded = factored, folded
         self._found: dict[int, Gradient] = {}  # by id: hashing a tensor is slow
+        self.formed = False  # kept, for it is asked for after every one of thousands of blocks
 
     def collect(self, signal: Signal) -> None:
         """Adds a signal (the sink of a contrast)."""
@@ -36,6 +40,7 @@ class Gradients:
             self._found[key] = Factors([*(known.signals if known else ()), signal])
         else:
             gradient = label(signal.form(), "gradients")
+            self.formed |= gradient.dim() > 1
             self._found[key] = gradient if known is None else _sum(known, gradient)
 
     def _as_factors(self, key: int, signal: Signal) -> bool:
@@ -45,6 +50,7 @@ class Gradients:
 
     def put(self, parameter: Tensor, gradient: Tensor) -> None:
         """Sets a parameter's gradient."""
+        self.formed |= gradient.dim() > 1
         self._found[id(parameter)] = gradient
 
     def of(self, parameter: Tensor) -> Gradient | None:
@@ -54,11 +60,6 @@ class Gradients:
     def among(self, parameters: list[Tensor]) -> list[Tensor]:
         """Returns those of the parameters that have a gradient."""
         return [p for p in parameters if id(p) in self._found]
-
-    @property
-    def formed(self) -> bool:
-        """True if the gradient of some matrix or kernel has been formed."""
-        return any(isinstance(g, Tensor) and g.dim() > 1 for g in self._found.values())
 
     @property
     def factored(self) -> bool:
@@ -77,6 +78,7 @@ class Gradients:
             if isinstance(g, Tensor):
                 give(g)
         self._found.clear()
+        self.formed = False
 
     def clip(self, limit: float) -> None:
         """Scales all by one factor, so that their common norm is at most ``limit``."""
