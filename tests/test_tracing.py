@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import mep
 from mep.blocks.chain import Chain
+from mep.blocks.local import LocalBlock
 
 # Two orders of adding up in float32
 SINGLE = 1e-5
@@ -24,7 +25,7 @@ CHAINS = {
     "residual": [
         ("enter", "Linear(5, 6)"),
         ("one.second", "Tanh > Subgraph"),
-        ("two.second", "Subgraph"),
+        ("two.second", "x + (Linear(6, 7) > Tanh > Linear(7, 6))"),
         ("leave", "Sigmoid > Linear(6, 4)"),
     ],
     "layer norm": [("0", "Linear(5, 6)"), ("3", "LayerNorm > GELU > Linear(6, 4)")],
@@ -394,3 +395,69 @@ def test_changed_number_of_a_module_is_noticed():
     mep.free_states(model, x)
     model[1].negative_slope = 0.9
     assert torch.allclose(mep.free_states(model, x)[-1], model(x), atol=SINGLE)
+
+
+# --- residual blocks -----------------------------------------------------------------------------
+
+
+class Skip(nn.Module):
+    """A skip around modules, added up in some way."""
+
+    def __init__(self, add, *branch):
+        super().__init__()
+        self.add, self.branch = add, nn.Sequential(*branch)
+
+    def forward(self, x):
+        return self.add(x, self.branch(x))
+
+
+def plainly(x, f):
+    return x + f
+
+
+BRANCHES = {
+    "one layer": (plainly, nn.ReLU(), nn.Linear(6, 6)),
+    "the other way round": (lambda x, f: f + x, nn.Tanh(), nn.Linear(6, 6, bias=False)),
+    "torch.add": (torch.add, nn.Tanh(), nn.Linear(6, 6)),
+    "two layers": (plainly, nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)),
+}
+LOCAL = {
+    "ends without a layer": (plainly, nn.Linear(6, 6), nn.ReLU()),
+    "a factor": (lambda x, f: torch.add(x, f, alpha=2), nn.ReLU(), nn.Linear(6, 6)),
+    "a difference": (lambda x, f: x - f, nn.ReLU(), nn.Linear(6, 6)),
+    "a norm": (plainly, nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_skip_has_a_closed_form(name):
+    """Against the same block by local autograd: prediction, errors, displacement, gradients."""
+    (block,) = mep.trace(Skip(*BRANCHES[name]).double())
+    assert block.kind == "closed form" and block.describe().startswith("x + (")
+    twin = LocalBlock("twin", block.modules)
+    s, d, e = torch.randn(3, 7, 6, dtype=torch.float64).unbind()
+    found = []
+    for each in (block, twin):
+        with torch.no_grad():
+            f, point = each.predict(s)
+            delta, moved = each.difference(point, d)
+            pulled = each.pull(moved, each.product(point, e))
+            signals = {id(g.parameter): g.form() for g in each.signals(moved, e, -0.3)}
+        found.append([f, delta, pulled, *(signals[id(p)] for p in block.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_other_skips_are_left_to_autograd(name):
+    (block,) = mep.trace(Skip(*LOCAL[name]))
+    assert block.kind == "local autograd"
+
+
+def test_convolutions_may_be_skipped_and_hooks_may_not():
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    (block,) = mep.trace(Skip(plainly, nn.ReLU(), conv).double())
+    assert block.kind == "closed form"
+    conv.register_forward_hook(lambda *a: None)
+    (block,) = mep.trace(Skip(plainly, nn.ReLU(), conv))
+    assert block.kind == "local autograd"

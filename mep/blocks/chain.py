@@ -16,6 +16,7 @@ from mep.blocks.local import LocalBlock
 from mep.blocks.operations import operation_of
 from mep.blocks.pieces import Piece, pieces_of
 from mep.blocks.run import runs_of
+from mep.blocks.skip import SkipBlock, branch_of
 
 __all__ = ["Chain", "TraceError", "trace"]
 
@@ -180,4 +181,16 @@ def _block(group: list[Piece], closed: bool) -> Block:
         if layer is not None and DenseBlock.fits(known, layer):
             return DenseBlock(name, modules, known, layer)
         return ClosedBlock(name, modules, known, layer)
-    return LocalBlock(name, modules)
+    skip = _skip_block(name, modules) if closed and not hooked else None
+    return LocalBlock(name, modules) if skip is None else skip
+
+
+def _skip_block(name: str, modules: list[nn.Module]) -> SkipBlock | None:
+    """Returns a residual block in closed form, or None."""
+    parts = branch_of(modules[0]) if len(modules) == 1 else None
+    if parts is None or any(m._forward_hooks or m._forward_pre_hooks for m in parts):
+        return None
+    branch = [_block(group, True) for group in _group([Piece(name, part) for part in parts])]
+    closed = all(isinstance(block, ClosedBlock) for block in branch)
+    # What ends without a layer keeps its output, which is then not the block's to add to.
+    return SkipBlock(name, modules, branch) if closed and _is_weighted(parts[-1]) else None

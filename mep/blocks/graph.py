@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-__all__ = ["Run", "as_module", "faults", "runs_of", "works_in_place"]
+__all__ = ["Run", "as_module", "faults", "module_of", "runs_of", "works_in_place"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _is_tuple(node: fx.Node) -> bool:
 def as_module(root: nn.Module, run: Run) -> nn.Module:
     """Turns a run into a module: torch's own where it is one, else a graph of its nodes."""
     if len(run.nodes) == 1:
-        known = _known_module(root, run)
+        known = module_of(root, run)
         if known is not None:
             return known
     return fx.GraphModule(root, _subgraph(run), "Subgraph")
@@ -175,7 +175,7 @@ _ACTIVATIONS: dict[Any, type[nn.Module]] = {
 _POOLS = {F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d, torch.max_pool2d: nn.MaxPool2d}
 
 
-def _known_module(root: nn.Module, run: Run) -> nn.Module | None:
+def module_of(root: nn.Module, run: Run) -> nn.Module | None:
     """The module form of a single node, so that its closed form applies."""
     node = run.nodes[0]
     if not node.args or node.args[0] is not run.source:
