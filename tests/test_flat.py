@@ -38,6 +38,15 @@ def net(*sizes, activation=nn.Tanh, bias=True):
     return nn.Sequential(*layers)
 
 
+def residual(activation, every=1):
+    """Skips around every so many of the hidden layers."""
+    layers: list[nn.Module] = [nn.Linear(5, 8)]
+    for k in range(4):
+        branch = nn.Sequential(activation(), nn.Linear(8, 8))
+        layers.append(mep.models.feedforward.Residual(branch) if k % every == 0 else branch)
+    return nn.Sequential(*layers, activation(), nn.Linear(8, CLASSES))
+
+
 def changed(change):
     model = net()
     change(model)
@@ -76,6 +85,9 @@ FLAT = {
         lambda: nn.Sequential(*net(5, 8, 8), nn.ReLU(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 4))
     ),
     "no bias": Case(partial(net, bias=False)),
+    "residual": Case(partial(residual, nn.Tanh)),
+    "residual, relu": Case(partial(residual, nn.ReLU)),
+    "residual, some": Case(partial(residual, nn.Tanh, 2)),
     "no momentum": Case(options={"momentum": 0.0, "weight_decay": 0.01}),
     "decoupled, no momentum": Case(
         options={"momentum": 0.0, "weight_decay": 0.01, "update": mep.SGD(decoupled=True)}

@@ -9,6 +9,7 @@ from mep.blocks.layers import Linear
 from mep.blocks.operations import Reshape
 from mep.blocks.randomness import random_state, replayed
 from mep.blocks.run import Feedback, product
+from mep.blocks.skip import SkipBlock
 
 __all__ = [
     "Block",
@@ -19,6 +20,7 @@ __all__ = [
     "Feedback",
     "Linear",
     "Reshape",
+    "SkipBlock",
     "TraceError",
     "give",
     "parameters_of",

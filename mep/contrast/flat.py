@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import Chain, ClosedBlock, DenseBlock, Linear, Reshape, sample_norm
+from mep.blocks import (
+    Block,
+    Chain,
+    ClosedBlock,
+    DenseBlock,
+    Linear,
+    Reshape,
+    SkipBlock,
+    sample_norm,
+)
 from mep.contrast.estimate import Estimate
 from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
@@ -53,7 +62,7 @@ class Swept:
 
 
 class Flat:
-    """A chain of linear layers with activations between them.
+    """A chain of linear layers with activations between them, and skips around some.
 
     Args:
         chain: the chain, one that ``fits``.
@@ -65,7 +74,8 @@ class Flat:
         assert isinstance(first, ClosedBlock) and first.layer is not None
         self.chain, self.how = chain, how
         self._first, self._flattens = first.layer, bool(first.operations)
-        self._others = [block for block in others if isinstance(block, DenseBlock)]
+        self._others = [block for block in map(_dense, others) if block is not None]
+        self._skips = [False, *(isinstance(block, SkipBlock) for block in others)]
         self._activations = [block.activation.name for block in self._others]
         self._known: list[Any] = []
         self._captured: Captured | None = None
@@ -88,7 +98,7 @@ class Flat:
             and isinstance(chain, Chain)
             and _is_first(chain.blocks[0])
             and len(chain.blocks) > 1
-            and all(type(block) is DenseBlock for block in chain.blocks[1:])
+            and all(_dense(block) is not None for block in chain.blocks[1:])
         )
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter | None]]:
@@ -132,7 +142,7 @@ class Flat:
             known.append(p is not None and (p.data_ptr(), p.shape, p.dtype, p.is_contiguous()))
         if known != self._known:
             squared = type(self.how.cost) is SquaredError
-            self._captured = capture(self._activations, weights, biases, a, squared)
+            self._captured = capture(self._activations, weights, biases, self._skips, a, squared)
             self._known = known
         return self._captured
 
@@ -157,6 +167,12 @@ class Flat:
         # |G| <= |e| |a| / B for every gradient, and what is below a bias is 1 for every sample.
         most = math.sqrt(size * (captured.active() + fallen.entering + len(a)))
         return Swept(found, captured) if most <= torch.finfo(a.dtype).max else None
+
+
+def _dense(block: Block) -> DenseBlock | None:
+    """Returns an activation and its linear layer, also those that a skip leads around."""
+    inner = block.branch[0] if isinstance(block, SkipBlock) and len(block.branch) == 1 else block
+    return inner if isinstance(inner, DenseBlock) else None
 
 
 def _is_first(block: Any) -> bool:

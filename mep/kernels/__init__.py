@@ -99,6 +99,7 @@ def capture(
     activations: Sequence[str],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    skips: Sequence[bool],
     x: Tensor,
     squared: bool,
 ) -> Captured | None:
@@ -108,13 +109,15 @@ def capture(
         activations: by name, those between layers.
         weights: ``(out, in)`` each.
         biases: ``(out,)`` each, or None.
+        skips: whether a skip leads around a layer.
         x: an input like those to come, ``(B, in)``.
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
     """
     kinds = [kernels_of(name, x) for name in activations]
     found, n = native(), x.shape[1]
-    for weight, bias in zip(weights, biases, strict=True):
+    for weight, bias, skip in zip(weights, biases, skips, strict=True):
         fits = weight.dim() == 2 and weight.shape[1] == n and _is_like(weight, x)
+        fits = fits and (len(weight) == n or not skip)
         n = len(weight)
         if not fits or not (bias is None or (bias.shape == (n,) and _is_like(bias, x))):
             return None
@@ -123,7 +126,7 @@ def capture(
     from mep.kernels.captured import Captured
 
     numbers = [kind.kind for kind in kinds if kind is not None]
-    return Captured(found, numbers, weights, biases, len(x), squared)
+    return Captured(found, numbers, weights, biases, skips, len(x), squared)
 
 
 def _is_like(tensor: Tensor, x: Tensor) -> bool:

@@ -41,6 +41,7 @@ class Captured:
         kinds: numbers of the activations between layers.
         weights: ``(out, in)``, contiguous, each as wide as the one before is high.
         biases: ``(out,)``, contiguous, or None.
+        skips: whether a skip leads around a layer, which is as wide as high then.
         batch: number of samples.
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
 
@@ -58,6 +59,7 @@ class Captured:
         kinds: Sequence[int],
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
+        skips: Sequence[bool],
         batch: int,
         squared: bool,
     ) -> None:
@@ -73,11 +75,16 @@ class Captured:
         tables: dict[str, Sequence[int]] = {
             "width": widths, "kind": [*kinds, 0], "weight": _addresses(weights),
             "bias": _addresses(biases), "s": _addresses(states),
-            "e": _addresses(self._rooms(widths)),
+            "e": _addresses(self._rooms(widths)), "skip": skips,
             "force": [*_addresses(self._rooms([1] * (depth - 1))), 0],
         }  # fmt: skip
         for name in ("y", "p", "y_new"):
             tables[name] = [*_addresses(self._rooms(widths[:-1])), 0]
+        # What comes through the next layer is the error itself, unless a skip leads around that.
+        tables["through"] = [
+            self._room(n).data_ptr() if skip else e
+            for n, skip, e in zip(widths, [*skips[1:], False], tables["e"], strict=True)
+        ]
         for name, row in tables.items():
             self._tables[name][:] = row
         self.output, self.gradient = states[-1], self._room(widths[-1])

@@ -30,10 +30,11 @@ OWN = ("depth", "inputs", "squared", "x", "target", "loss", "gradient", "nudged"
  _CHANGE, _MOVED, _SUMS, _BETA, _NUMBERS) = range(COMMON, COMMON + len(OWN))  # fmt: skip
 HEAD = COMMON + len(OWN)
 # Of layer k: its width; its activation, that of the state above; weight, bias and their momenta (0
-# without); the state above, its activity, product and error; activity and force of the nudged one;
-# and which activity is learned from.
-TABLES = ("width", "kind", "weight", "bias", "weight momentum", "bias momentum", "s", "y", "p",
-          "e", "y_new", "force", "activity")  # fmt: skip
+# without); whether a skip leads around it; the state above, its activity, product and error; what
+# of the error has come through the next layer, all of it unless a skip leads around that;
+# activity and force of the nudged state; and which activity is learned from.
+TABLES = ("width", "kind", "weight", "bias", "weight momentum", "bias momentum", "skip", "s", "y",
+          "p", "e", "through", "y_new", "force", "activity")  # fmt: skip
 # Of one lane, added up over its samples: squares of the output's error, of those below, of the
 # input, and of the activities.
 SUMS = 4
@@ -55,6 +56,24 @@ def _square(address, count):
     for j in range(count):
         total += values[j] * values[j]
     return total
+
+
+@njit(inline="always")
+def _copy(into, source, count):
+    to, values = numba.carray(floats(into), (count,)), numba.carray(floats(source), (count,))
+    for j in range(count):
+        to[j] = values[j]
+
+
+@njit(inline="always")
+def _add(into, one, other, count):
+    """``into <- one + other``; returns the sum of its squares."""
+    to, total = numba.carray(floats(into), (count,)), numba.float32(0)
+    a, b = numba.carray(floats(one), (count,)), numba.carray(floats(other), (count,))
+    for j in range(count):
+        to[j] = a[j] + b[j]
+        total += to[j] * to[j]
+    return float(total)
 
 
 @njit(inline="always")
@@ -81,7 +100,7 @@ def _target(head, lo, n):
 
 def fall(job):
     """``s_k <- W_k phi(s_{k-1}) + b_k`` up, ``e_{k-1} <- phi' W_k^T e_k`` down, and sums."""
-    head, (width, kind, weight, bias, _, _, s, y, p, e, _, _, _) = _job(job)
+    head, (width, kind, weight, bias, _, _, skip, s, y, p, e, through, _, _, _) = _job(job)
     sgemm, depth, inputs = head[_SGEMM], head[_DEPTH], head[_INPUTS]
     lo, rows = share(head, head[_BATCH])
     before, total, active = alone(head), 0.0, 0.0
@@ -90,7 +109,11 @@ def fall(job):
     for k in range(depth):
         n = width[k]
         at = 4 * lo * n
-        product(sgemm, N, T, rows, n, n_in, 1.0, a, n_in, weight[k], n_in, 0.0, s[k] + at)
+        keep = 0.0
+        if skip[k] != 0:
+            _copy(s[k] + at, s[k - 1] + at, rows * n)
+            keep = 1.0
+        product(sgemm, N, T, rows, n, n_in, 1.0, a, n_in, weight[k], n_in, keep, s[k] + at)
         if k + 1 < depth:
             activate(kind[k], s[k] + at, bias[k], y[k] + at, rows, n)
             a, n_in = y[k] + at, n
@@ -115,7 +138,11 @@ def fall(job):
         at = 4 * lo * below
         above = e[k] + 4 * lo * n
         product(sgemm, N, N, rows, below, n, 1.0, above, n, weight[k], below, 0.0, p[k - 1] + at)
-        total += pull(kind[k - 1], y[k - 1] + at, p[k - 1] + at, e[k - 1] + at, rows, below)
+        own = through[k - 1] + at
+        squares = pull(kind[k - 1], y[k - 1] + at, p[k - 1] + at, own, rows, below)
+        if skip[k] != 0:
+            squares = _add(e[k - 1] + at, own, above, rows * below)
+        total += squares
     as_before(head, before)
     sums = numba.carray(doubles(head[_SUMS]), (lane(head) + 1, SUMS))[lane(head)]
     sums[0] = _square(e[top] + 4 * lo * width[top], rows * width[top])
@@ -124,7 +151,7 @@ def fall(job):
 
 def rise(job):
     """``d_k <- W_k (phi(s_{k-1} + d_{k-1}) - phi(s_{k-1})) + beta e_k`` up, and the residual."""
-    head, (width, kind, weight, _, _, _, s, y, p, e, y_new, force, _) = _job(job)
+    head, (width, kind, weight, _, _, _, skip, s, y, p, e, through, y_new, force, _) = _job(job)
     sgemm, depth, most = head[_SGEMM], head[_DEPTH], head[_MOST]
     lo, rows = share(head, head[_BATCH])
     before, room = alone(head), 4 * lo * most
@@ -135,12 +162,17 @@ def rise(job):
         moved[i] = 0
     for k in range(depth - 1):
         n, above = width[k], width[k + 1]
-        at = 4 * lo * n
+        at, share_of_e, keep = 4 * lo * n, beta, numba.float32(0)
+        if skip[k + 1] != 0:  # the force is that of what has come through the layer
+            errors = numba.carray(floats(e[k] + at), (rows * n,))
+            for i in range(rows * n):
+                moved[i] += beta * errors[i]
+            share_of_e, keep = numba.float32(0), numba.float32(1)
         nudge(
-            kind[k], s[k] + at, y[k] + at, d, beta, p[k] + at, e[k] + at, change, y_new[k] + at,
-            force[k] + 4 * lo, rows, n,
+            kind[k], s[k] + at, y[k] + at, d, share_of_e, p[k] + at, through[k] + at, change,
+            y_new[k] + at, force[k] + 4 * lo, rows, n,
         )  # fmt: skip
-        product(sgemm, N, T, rows, above, n, 1.0, change, n, weight[k + 1], n, 0.0, d)
+        product(sgemm, N, T, rows, above, n, 1.0, change, n, weight[k + 1], n, keep, d)
     as_before(head, before)
     top, n = depth - 1, width[depth - 1]
     at = 4 * lo * n
@@ -180,7 +212,7 @@ def _balance(head, force, rows, lo, n, depth):
 
 def learn(job):
     """``m <- mu m + G``, ``theta <- theta - lr m`` with ``G = -sum e^T a / B``, as ``SGD`` does."""
-    head, (width, _, weight, bias, weight_m, bias_m, _, _, _, e, _, _, activity) = _job(job)
+    head, (width, _, weight, bias, weight_m, bias_m, _, _, _, _, e, _, _, _, activity) = _job(job)
     sgemm, depth, batch = head[_SGEMM], head[_DEPTH], head[_BATCH]
     numbers = numba.carray(doubles(head[_NUMBERS]), (2, depth, NUMBERS))
     before, a, n_in, scale = alone(head), head[_X], head[_INPUTS], -1.0 / batch
