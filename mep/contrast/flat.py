@@ -106,9 +106,8 @@ class Flat:
         first, blocks = self._first, self._others
         return [first.weight, *(b.weight for b in blocks)], [first.bias, *(b.bias for b in blocks)]
 
-    @torch.no_grad()
     def sweep(self, x: Tensor, target: Tensor) -> Swept | None:
-        """Takes free phase, backward sweep and nudged sweep.
+        """Takes free phase, backward sweep and nudged sweep; nothing here makes a graph.
 
         Args:
             x: input, ``(B, *in)``.
@@ -160,7 +159,7 @@ class Flat:
         else:
             balance = Residual(*captured.rise(beta))
             tol, more = self.how.settler.tol, self.how.settler.max_steps > 1
-            status = verdict(balance, balance.per_sample.median(), tol)
+            status = verdict(balance, float(balance.per_sample.median()), tol)
             if status != CONVERGED and (more or status != NOT_SETTLED):
                 return None
             found = Estimate(mean, balance, 1, status, beta)

@@ -113,7 +113,8 @@ class Captured:
         self._batch_in_use, self._nudged = (x, target), False
         self._set(x=x.data_ptr(), target=target.data_ptr(), sums=self._sums.ctypes.data)
         call(self._native, fall, self._job, self._batch, 2 * self._work)
-        return Fallen(self._loss, *self._sums.sum(0).tolist()[:3])
+        top, below, entering, _ = map(sum, zip(*self._sums.tolist(), strict=True))
+        return Fallen(self._loss, top, below, entering)
 
     def active(self) -> float:
         """Returns the squares of all activities, of the nudged states once there are some."""

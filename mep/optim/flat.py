@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from mep.contrast.flat import Flat, Swept
 from mep.memory import phase
 from mep.optim.updating import States, Updating
 from mep.updates import SGD
+
+if TYPE_CHECKING:
+    from mep.kernels.captured import Captured
 
 __all__ = ["FlatSteps", "Patience"]
 
@@ -64,6 +67,8 @@ class FlatSteps:
         self._parameters: list[Any] = []  # of the net, and then of the groups
         self._sizes: list[int] = []
         self._homes: list[int] = []  # the group of every weight, and then of every bias
+        self._numbers: list[tuple[float, ...]] = []  # of the groups, and which step has them
+        self._knows_them: Captured | None = None
 
     def take(
         self,
@@ -113,7 +118,7 @@ class FlatSteps:
         known = [*every, *(p for group in groups for p in group["params"])]
         if sizes != self._sizes or not _same(known, self._parameters):
             self._homes = _homes(every, groups)
-            self._parameters, self._sizes = known, sizes
+            self._parameters, self._sizes, self._numbers = known, sizes, []
         return bool(self._homes) and all(p is None or p.requires_grad for p in every)
 
     def _learn(self, swept: Swept, groups: Sequence[dict[str, Any]], state: States) -> bool:
@@ -129,8 +134,11 @@ class FlatSteps:
             if not (m.is_contiguous() and m.dtype == p.dtype):
                 return False
             addresses.append(m.data_ptr())
-        numbers = np.array([_numbers(group, self._rule.decoupled) for group in groups])
-        swept.captured.numbers[:] = numbers[self._homes].reshape(2, len(weights), -1)
+        numbers = [_numbers(group, self._rule.decoupled) for group in groups]
+        if numbers != self._numbers or swept.captured is not self._knows_them:
+            every = np.array(numbers)[self._homes].reshape(2, len(weights), -1)
+            swept.captured.numbers[:] = every
+            self._numbers, self._knows_them = numbers, swept.captured
         swept.captured.learn(addresses[: len(weights)], addresses[len(weights) :])
         return True
 
