@@ -265,6 +265,16 @@ def test_eager_steps_are_the_reference_s(taken, monkeypatch):
     assert_same(found[0], truth[0])
 
 
+def test_graphs_notice_that_weights_have_moved(taken):
+    model = net()
+    opt = optimizer(Case(), model)
+    loss = model(torch.randn(6, 5, requires_grad=True)).sum()
+    opt.step(**batch())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert all(taken)
+
+
 def test_patience():
     """1, 3, 7, 15, 31, 32, 32 batches are left out, and none after one that has settled."""
     patience, left_out = Patience(), []

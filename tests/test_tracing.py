@@ -425,6 +425,8 @@ LOCAL = {
     "ends without a layer": (plainly, nn.Linear(6, 6), nn.ReLU()),
     "a factor": (lambda x, f: torch.add(x, f, alpha=2), nn.ReLU(), nn.Linear(6, 6)),
     "a difference": (lambda x, f: x - f, nn.ReLU(), nn.Linear(6, 6)),
+    "in place": (plainly, nn.ReLU(inplace=True), nn.Linear(6, 6)),
+    "broadcast": (plainly, nn.ReLU(), nn.Linear(6, 1)),
     "a norm": (plainly, nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 6)),
 }
 
@@ -450,8 +452,11 @@ def test_skip_has_a_closed_form(name):
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_other_skips_are_left_to_autograd(name):
-    (block,) = mep.trace(Skip(*LOCAL[name]))
+    model = Skip(*LOCAL[name])
+    (block,) = mep.trace(model)
     assert block.kind == "local autograd"
+    s = torch.randn(7, 6)
+    torch.testing.assert_close(block.predict(s.clone())[0], model(s.clone()))
 
 
 def test_convolutions_may_be_skipped_and_hooks_may_not():

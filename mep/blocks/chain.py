@@ -193,4 +193,8 @@ def _skip_block(name: str, modules: list[nn.Module]) -> SkipBlock | None:
     branch = [_block(group, True) for group in _group([Piece(name, part) for part in parts])]
     closed = all(isinstance(block, ClosedBlock) for block in branch)
     # What ends without a layer keeps its output, which is then not the block's to add to.
-    return SkipBlock(name, modules, branch) if closed and _is_weighted(parts[-1]) else None
+    if not closed or not _is_weighted(parts[-1]):
+        return None
+    weights: list[Any] = [part.weight for part in parts if _is_weighted(part)]
+    same = weights[0].shape[1] == weights[-1].shape[0]  # or torch may broadcast
+    return SkipBlock(name, modules, branch) if same else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mep.blocks.block import Block
-from mep.blocks.graph import Run, module_of
+from mep.blocks.graph import Run, module_of, works_in_place
 from mep.curvature import Signal
 
 __all__ = ["SkipBlock", "branch_of"]
@@ -38,6 +38,8 @@ class SkipBlock(Block):
         for block in self.branch:
             f, point = block.predict(f)
             points.append(point)
+        if f.shape != s.shape:
+            raise ValueError(f"a skip around what makes {tuple(f.shape)} of {tuple(s.shape)}")
         return f.add_(s), points
 
     def product(self, point: list[Any], e: Tensor) -> Tensor:
@@ -81,6 +83,8 @@ def branch_of(module: nn.Module) -> list[nn.Module] | None:
         return None
     s, *steps, total, end = module.graph.nodes
     if s.op != "placeholder" or end.args != (total,) or not steps or total.kwargs:
+        return None
+    if works_in_place(steps[0], module):  # the skip then leads around nothing
         return None
     if total.op != "call_function" or total.target not in (operator.add, torch.add):
         return None

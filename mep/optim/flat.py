@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from mep.contrast import Settings, chain_of
 from mep.contrast.estimate import Estimate
@@ -140,6 +141,8 @@ class FlatSteps:
             swept.captured.numbers[:] = every
             self._numbers, self._knows_them = numbers, swept.captured
         swept.captured.learn(addresses[: len(weights)], addresses[len(weights) :])
+        # A graph that still needs the weights as they were is to notice.
+        increment_version([p for p in (*weights, *biases) if p is not None])
         return True
 
 
