@@ -1,5 +1,6 @@
 """Flat steps against the reference: the same states, residuals and updates."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -263,6 +264,30 @@ def test_eager_steps_are_the_reference_s(taken, monkeypatch):
     assert not any(taken)
     truth = reference(Case(), monkeypatch)
     assert_same(found[0], truth[0])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda m: m.double(), lambda m: m.t().contiguous().t(), lambda m: m[..., :1].clone()],
+    ids=["dtype", "strides", "shape"],
+)
+def test_momenta_of_another_kind_are_left_to_the_reference(other, taken):
+    """Nothing is written where they do not reach."""
+    model = net()
+    opt = optimizer(Case(), model)
+    opt.step(**batch())
+    own = opt.state[model[2].weight]
+    own["momentum_buffer"] = other(own["momentum_buffer"])
+    with contextlib.suppress(RuntimeError):  # torch's own, of tensors that do not fit
+        opt.step(**batch())
+    assert taken[0] and not any(taken[1:])
+
+
+def test_empty_batches_are_refused(taken):
+    opt = optimizer(Case(), net())
+    with pytest.raises(ValueError, match="is empty"):
+        opt.step(x=torch.zeros(0, 5), target=torch.zeros(0, dtype=torch.long))
+    assert taken == [False]
 
 
 def test_graphs_notice_that_weights_have_moved(taken):

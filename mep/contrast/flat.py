@@ -121,7 +121,9 @@ class Flat:
         Raises:
             TypeError, ValueError: if the target does not fit.
         """
-        if not isinstance(x, Tensor) or x.dim() < 2 or (x.dim() > 2 and not self._flattens):
+        if not isinstance(x, Tensor) or x.dim() < 2 or not x.numel():
+            return None
+        if x.dim() > 2 and not self._flattens:
             return None
         with phase("mep: settle"):
             a = x.flatten(1).contiguous()
@@ -141,6 +143,7 @@ class Flat:
             known.append(p is not None and (p.data_ptr(), p.shape, p.dtype, p.is_contiguous()))
         if known != self._known:
             squared = type(self.how.cost) is SquaredError
+            self._captured = None  # before there are others
             self._captured = capture(self._activations, weights, biases, self._skips, a, squared)
             self._known = known
         return self._captured

@@ -132,7 +132,7 @@ class FlatSteps:
                 addresses.append(0)
                 continue
             m = _momentum(state[p], p)
-            if not (m.is_contiguous() and m.dtype == p.dtype):
+            if m.shape != p.shape or m.dtype != p.dtype or not (m.is_cpu and m.is_contiguous()):
                 return False
             addresses.append(m.data_ptr())
         numbers = [_numbers(group, self._rule.decoupled) for group in groups]
