@@ -40,3 +40,17 @@ def test_a_step_of_the_optimizer(tmp_path):
     assert any(r["phase"] == "settle" and r["operation"] == "aten::mm" for r in found.rows)
     publish(tmp_path, found, profiling.table(found), profiling.plot(found), "profile.png")
     assert "settle" in (tmp_path / "table.txt").read_text()
+
+
+def test_compiled_calls_have_names():
+    pytest.importorskip("numba")
+    model = mep.models.mlp(6, [5, 5, 5], 3, nn.Tanh)
+    optimizer = mep.EPOptimizer(
+        model.parameters(), model=model, lr=0.1, momentum=0.9, settler=mep.Sweep(1, tol=1.0)
+    )
+    x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    found = profiling.run(lambda: optimizer.step(x=x, target=y), 2, {"label": "ep"}, "mep profile")
+    named = {(r["phase"], r["operation"]) for r in found.rows if "compiled" in r["operation"]}
+    assert named == {
+        ("settle", "compiled fall"), ("settle", "compiled rise"), ("update", "compiled learn"),
+    }  # fmt: skip

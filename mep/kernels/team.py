@@ -11,6 +11,7 @@ not see each other: every thread of a team takes some of them through all layers
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch.autograd.profiler import record_function
 
 from mep.kernels.cpu import compiled
 from mep.kernels.library import Native
@@ -134,13 +136,22 @@ def call(found: Native, loop: Any, job: np.ndarray, batch: int, work: int) -> No
         work: multiplications, of all samples.
     """
     threads = min(torch.get_num_threads(), batch // _LEAST_ROWS, work // _LEAST_WORK)
-    body, address = _body(loop), job.ctypes.data
-    if threads > 1 and found.parallel is not None:
-        job[:COMMON] = found.sgemm, found.limit, found.place, found.team, batch
-        found.parallel(body, address, threads, 0)
-    else:  # a product may take other threads
-        job[:COMMON] = found.sgemm, 0, 0, 0, batch
-        _CALL(body)(address)
+    parallel = found.parallel if threads > 1 else None
+    # Alone, a product may take other threads.
+    team = (0, 0, 0) if parallel is None else (found.limit, found.place, found.team)
+    job[:COMMON] = found.sgemm, *team, batch
+    with _named(loop):
+        if parallel is None:
+            _CALL(_body(loop))(job.ctypes.data)
+        else:
+            parallel(_body(loop), job.ctypes.data, threads, 0)
+
+
+def _named(loop: Any) -> AbstractContextManager:
+    """Gives a loop its name among a profiler's operations."""
+    if not torch.autograd.profiler._is_profiler_enabled:
+        return nullcontext()
+    return record_function(f"compiled {loop.__name__.removeprefix('_')}")
 
 
 @cache
