@@ -39,13 +39,13 @@ def net(*sizes, activation=nn.Tanh, bias=True):
     return nn.Sequential(*layers)
 
 
-def residual(activation, every=1):
+def residual(activation, every=1, ends=(5, 8)):
     """Skips around every so many of the hidden layers."""
-    layers: list[nn.Module] = [nn.Linear(5, 8)]
+    layers: list[nn.Module] = [nn.Linear(*ends)]
     for k in range(4):
-        branch = nn.Sequential(activation(), nn.Linear(8, 8))
+        branch = nn.Sequential(activation(), nn.Linear(ends[1], ends[1]))
         layers.append(mep.models.feedforward.Residual(branch) if k % every == 0 else branch)
-    return nn.Sequential(*layers, activation(), nn.Linear(8, CLASSES))
+    return nn.Sequential(*layers, activation(), nn.Linear(ends[1], CLASSES))
 
 
 def changed(change):
@@ -89,6 +89,13 @@ FLAT = {
     "residual": Case(partial(residual, nn.Tanh)),
     "residual, relu": Case(partial(residual, nn.ReLU)),
     "residual, some": Case(partial(residual, nn.Tanh, 2)),
+    "residual, last": Case(
+        lambda: nn.Sequential(
+            nn.Linear(5, CLASSES),
+            mep.models.feedforward.Residual(nn.Sequential(nn.Tanh(), nn.Linear(CLASSES, CLASSES))),
+        )
+    ),
+    "negative view": Case(x=lambda b: torch._neg_view(torch.randn(b, 5))),
     "no momentum": Case(options={"momentum": 0.0, "weight_decay": 0.01}),
     "decoupled, no momentum": Case(
         options={"momentum": 0.0, "weight_decay": 0.01, "update": mep.SGD(decoupled=True)}
@@ -130,6 +137,11 @@ class Halved(mep.SGD):
 LEFT = {
     "a step of its own": Case(options={"update": Halved()}),
     "double precision": Case(lambda: net().double(), x=lambda b: torch.randn(b, 5).double()),
+    "no units": Case(
+        lambda: nn.Sequential(
+            nn.Linear(5, 0), nn.Tanh(), nn.Linear(0, 8), nn.Tanh(), nn.Linear(8, CLASSES)
+        )
+    ),
     "33 classes": Case(lambda: net(5, 8, 8, 33)),
     "some classes": Case(options={"cost": CrossEntropy(classes=(0, 1, 2, 3))}),
     "strided bias": Case(
@@ -222,10 +234,11 @@ def test_flat_step_is_the_reference_s(name, taken, monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("teams", [True, False], ids=["teams", "no teams"])
-@pytest.mark.parametrize("sizes", [(40, 96, 96, 96, 10), (40, 96, 33, 70, 10)])
+@pytest.mark.parametrize("sizes", [(40, 96, 96, 96, 10), (40, 96, 33, 70, 10), ()])
 def test_threads_share_the_samples(threads, teams, sizes, monkeypatch, taken):
     """Where there is work for several, with and without a way to call them together."""
-    case = Case(lambda: net(*sizes), batches=(37, 37, 50), x=lambda b: torch.randn(b, 40))
+    build = partial(net, *sizes) if sizes else partial(residual, nn.Tanh, ends=(40, 96))
+    case = Case(build, batches=(37, 37, 50), x=lambda b: torch.randn(b, 40))
     truth = reference(case, monkeypatch)
     found, asked = native(), []
     original = found.parallel
@@ -244,6 +257,7 @@ def test_threads_share_the_samples(threads, teams, sizes, monkeypatch, taken):
     assert bool(asked) == (teams and threads > 1) and {*asked} <= {2, threads}
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("name", LEFT)
 def test_what_is_not_plain_is_left_to_the_reference(name, taken, monkeypatch):
     found = trained(LEFT[name])

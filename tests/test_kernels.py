@@ -395,3 +395,27 @@ def test_cost_takes_the_kernel_where_there_is_one():
     places = torch.arange(6) % 3
     value, gradient = some.both(s, places)
     assert not gradient[:, [0, 2]].any() and torch.equal(value, some.value(s, places))
+
+
+# --- what is kept on disk ------------------------------------------------------------------------
+
+
+def test_compiled_functions_are_kept_by_all_sources(monkeypatch, tmp_path):
+    """A function contains those it calls, also those of other files."""
+    pytest.importorskip("numba")
+    from mep.kernels import cpu
+
+    places = []
+
+    def compiler(cache=False, **options):
+        places.append(cpu.config.CACHE_DIR)
+        return lambda function: function
+
+    before = cpu.config.CACHE_DIR
+    monkeypatch.setattr(cpu, "_HERE", tmp_path)
+    for text in ("x = 1", "x = 2", "x = 2"):
+        (tmp_path / "one.py").write_text(text)
+        cpu._stamp.cache_clear()
+        assert cpu.compiled(compiler, abs)(-3.0) == 3.0
+    cpu._stamp.cache_clear()
+    assert places[0] != places[1] == places[2] and before == cpu.config.CACHE_DIR

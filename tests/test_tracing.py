@@ -426,6 +426,7 @@ LOCAL = {
     "a factor": (lambda x, f: torch.add(x, f, alpha=2), nn.ReLU(), nn.Linear(6, 6)),
     "a difference": (lambda x, f: x - f, nn.ReLU(), nn.Linear(6, 6)),
     "in place": (plainly, nn.ReLU(inplace=True), nn.Linear(6, 6)),
+    "in place after a view": (plainly, nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(6, 6)),
     "broadcast": (plainly, nn.ReLU(), nn.Linear(6, 1)),
     "a norm": (plainly, nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 6)),
 }
@@ -457,6 +458,23 @@ def test_other_skips_are_left_to_autograd(name):
     assert block.kind == "local autograd"
     s = torch.randn(7, 6)
     torch.testing.assert_close(block.predict(s.clone())[0], model(s.clone()))
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        [nn.AvgPool2d(4), nn.Conv2d(3, 3, 1)],
+        [nn.ReLU(), nn.Conv2d(3, 3, 4)],
+        [nn.ReLU(), nn.Conv2d(3, 3, 3, stride=4, padding=1)],
+    ],
+    ids=["pooled", "unpadded", "strided"],
+)
+def test_skips_that_broadcast_over_space_are_left_to_autograd(branch):
+    model = Skip(plainly, *branch)
+    (block,) = mep.trace(model)
+    assert block.kind == "local autograd"
+    s = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(block.predict(s)[0], model(s))
 
 
 def test_convolutions_may_be_skipped_and_hooks_may_not():

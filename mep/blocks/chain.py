@@ -13,7 +13,7 @@ from mep.blocks.closed import ClosedBlock
 from mep.blocks.dense import DenseBlock
 from mep.blocks.layers import layer_of
 from mep.blocks.local import LocalBlock
-from mep.blocks.operations import operation_of
+from mep.blocks.operations import Dropout, Pointwise, operation_of
 from mep.blocks.pieces import Piece, pieces_of
 from mep.blocks.run import runs_of
 from mep.blocks.skip import SkipBlock, branch_of
@@ -191,10 +191,25 @@ def _skip_block(name: str, modules: list[nn.Module]) -> SkipBlock | None:
     if parts is None or any(m._forward_hooks or m._forward_pre_hooks for m in parts):
         return None
     branch = [_block(group, True) for group in _group([Piece(name, part) for part in parts])]
-    closed = all(isinstance(block, ClosedBlock) for block in branch)
-    # What ends without a layer keeps its output, which is then not the block's to add to.
-    if not closed or not _is_weighted(parts[-1]):
+    closed = [block for block in branch if isinstance(block, ClosedBlock)]
+    if len(closed) < len(branch) or not all(map(_keeps_shape, closed)):
         return None
-    weights: list[Any] = [part.weight for part in parts if _is_weighted(part)]
-    same = weights[0].shape[1] == weights[-1].shape[0]  # or torch may broadcast
+    layers = [block.layer for block in closed if block.layer is not None]
+    same = layers[0].weight.shape[1] == layers[-1].weight.shape[0]
     return SkipBlock(name, modules, branch) if same else None
+
+
+def _keeps_shape(block: ClosedBlock) -> bool:
+    """Returns whether a block, whatever its input, changes the number of features alone.
+
+    Where a branch may change more, torch may broadcast. What ends without a layer may return its
+    input itself, to which nothing can be added.
+    """
+    kept = all(isinstance(op, (Dropout, Pointwise)) for op in block.operations)
+    if block.layer is None or not kept:
+        return False
+    m = block.layer.module
+    if not isinstance(m, nn.Conv2d):
+        return True
+    sizes = zip(m.stride, m.padding, m.dilation, m.kernel_size, strict=True)
+    return m.groups == 1 and all(s == 1 and 2 * int(p) == d * (k - 1) for s, p, d, k in sizes)

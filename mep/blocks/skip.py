@@ -84,12 +84,15 @@ def branch_of(module: nn.Module) -> list[nn.Module] | None:
     s, *steps, total, end = module.graph.nodes
     if s.op != "placeholder" or end.args != (total,) or not steps or total.kwargs:
         return None
-    if works_in_place(steps[0], module):  # the skip then leads around nothing
-        return None
     if total.op != "call_function" or total.target not in (operator.add, torch.add):
         return None
     parts, before = [], s
     for node in steps:
+        # What comes before the first layer may be a view of s, which the skip leads past.
+        if works_in_place(node, module) and not any(
+            any(True for _ in p.parameters()) for p in parts
+        ):
+            return None
         part = module_of(module, Run(before, [node]))
         if part is None:
             return None

@@ -126,7 +126,7 @@ class Flat:
         if x.dim() > 2 and not self._flattens:
             return None
         with phase("mep: settle"):
-            a = x.flatten(1).contiguous()
+            a = x.flatten(1).contiguous().resolve_neg()
             captured = self._capture_for(a)
             if captured is None:
                 return None
@@ -149,7 +149,7 @@ class Flat:
         return self._captured
 
     def _settled(self, captured: Captured, a: Tensor, target: Tensor) -> Swept | None:
-        y = self.how.cost.prepare(target, captured.output).contiguous()
+        y = self.how.cost.prepare(target, captured.output).contiguous().resolve_neg()
         fallen = captured.fall(a, y)
         mean, size = fallen.loss.mean(), fallen.top + fallen.below
         if not math.isfinite(float(mean) + size + fallen.entering):

@@ -88,7 +88,7 @@ def loops_of(activation: str, weights: Sequence[Tensor]) -> Loops | None:
         weights: of one dtype, ``(n, n)`` each, the last one ``(last, n)``.
     """
     fused, found = kernels_of(activation, weights[0]), native()
-    if fused is None or found is None or not all(w.is_contiguous() for w in weights):
+    if fused is None or found is None or not all(_is_like(w, weights[0]) for w in weights):
         return None
     from mep.kernels.loops import Loops
 
@@ -130,7 +130,9 @@ def capture(
 
 
 def _is_like(tensor: Tensor, x: Tensor) -> bool:
-    return tensor.dtype == x.dtype and tensor.device == x.device and tensor.is_contiguous()
+    """Returns whether a tensor's memory is what it says, and there is some."""
+    plain = tensor.is_contiguous() and not tensor.is_neg() and tensor.numel() > 0
+    return plain and tensor.dtype == x.dtype and tensor.device == x.device
 
 
 def cross_entropy(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:

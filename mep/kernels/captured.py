@@ -124,6 +124,7 @@ class Captured:
         """Takes the nudged sweep; returns residuals and nudges per sample, ``(B,)`` each."""
         residual, strength = _empty(2, self._batch).unbind()
         self._beta[0], self._nudged = beta, True
+        self._sums[:, 3] = 0
         self._set(residual=residual.data_ptr(), strength=strength.data_ptr())
         call(self._native, rise, self._job, self._batch, self._work)
         return residual, strength
@@ -139,6 +140,7 @@ class Captured:
         own["weight momentum"][:], own["bias momentum"][:] = weights, biases
         own["activity"][:] = own["y_new" if self._nudged else "y"]
         call(self._native, learn, self._job, self._batch, self._work)
+        self._batch_in_use = ()
 
     def _set(self, **numbers: int) -> None:
         for name, number in numbers.items():

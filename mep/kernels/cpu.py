@@ -6,18 +6,21 @@ would cost as much as the arithmetic.
 """
 
 # numba gives functions other signatures than they are written with.
-# pyright: reportCallIssue=false, reportPrivateImportUsage=false
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numba
 from numba import njit, types
+from numba.core import config
 from numba.extending import intrinsic
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "pull",
 ]  # fmt: skip
 
+_HERE = Path(__file__).parent
 _f32 = numba.float32
 # From this product of value and displacement on, a unit may end up on the other side.
 _CROSSING = _f32(-0.5)
@@ -58,11 +62,28 @@ class Kernels:
 
 
 def compiled(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
-    """Returns what a compiler of numba's makes of a function, and keeps it for the next process."""
+    """Returns what a compiler of numba's makes of a function, and keeps it for the next process.
+
+    numba compiles again when the function's own file has changed; here it has to when any file of
+    this folder has, for compiled functions contain those that they call.
+    """
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(Path(before or _HERE / "__pycache__") / f"kernels-{_stamp()}")
     try:
         return compiler(cache=True, **_ARITHMETIC)(function)
     except RuntimeError:  # there is no place on this machine where it could be kept
         return compiler(**_ARITHMETIC)(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+@cache
+def _stamp() -> str:
+    """What the sources of this folder are known by."""
+    whole = hashlib.sha256()
+    for file in sorted(_HERE.glob("*.py")):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()[:16]
 
 
 _kernel = partial(compiled, njit)

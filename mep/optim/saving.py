@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mep.blocks import Buffers
+from mep.optim.flat import Patience
 from mep.optim.groups import roles
 
 __all__ = ["Saved"]
@@ -39,7 +40,7 @@ class Saved(torch.optim.Optimizer):
         self.patience.pause, self.patience.left = counts.get("patience", (0, 0))
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"patience": Patience(), **state})
         self._buffers = Buffers()
         self._know(roles(self.model, self._parameters()))  # a copy has parameters of its own
 
