@@ -208,8 +208,7 @@ def plot(record: Record) -> Figure:
     figure, axes = canvas(2, table(record).title)
     panels = [("ms", "time per update / ms"), ("ratio", "time relative to the fastest backprop")]
     cases = list(dict.fromkeys(_case(entry) for entry in record.summary["arms"]))
-    for key in sorted(record.config["arms"], key=_ORDER.index):
-        index = _ORDER.index(key)
+    for index, key in enumerate(sorted(record.config["arms"], key=_ORDER.index)):
         entries = [entry for entry in record.summary["arms"] if entry["arm"] == ARMS[key]]
         places = [cases.index(_case(entry)) for entry in entries]
         for ax, (quantity, _) in zip(axes, panels, strict=True):
@@ -223,7 +222,7 @@ def plot(record: Record) -> Figure:
         ax.set(ylabel=quantity, xlabel=_differing(record.summary["arms"]))
         ax.set_xticks(range(len(cases)), [_short(case, cases) for case in cases])
     axes[0].set(yscale="log")
-    axes[0].legend(loc="upper left", fontsize=8)
+    axes[0].legend(loc="upper left", fontsize=8, handlelength=3)
     axes[1].set_ylim(bottom=0)
     return figure
 
