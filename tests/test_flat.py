@@ -344,17 +344,18 @@ def test_patience_is_part_of_the_state(taken):
     assert opt.patience == Patience(3, 3) != other.patience
 
 
-def test_default_dtype_is_no_matter(taken, monkeypatch):
-    truth = trained(Case())
-    before = torch.get_default_dtype()
-    model, x = net(), torch.randn(6, 5)
-    opt = optimizer(Case(), model)
+def test_default_dtype_is_no_matter(taken):
+    model, each, before = net(), batch(), torch.get_default_dtype()
+    twin = copy.deepcopy(model)
+    opt, other = optimizer(Case(), model), optimizer(Case(), twin)
+    other.step(**each)
     try:
         torch.set_default_dtype(torch.float64)
-        opt.step(x=x, target=torch.zeros(6, dtype=torch.long))
+        opt.step(**each)
     finally:
         torch.set_default_dtype(before)
-    assert all(taken) and opt.last.residual.dtype == torch.float32 and truth
+    assert taken == [True, True] and opt.last.residual.dtype == torch.float32
+    assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
 
 
 def test_changes_of_the_model_are_seen(taken):

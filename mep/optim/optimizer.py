@@ -97,7 +97,7 @@ class EPOptimizer(Saved):
         skipped: updates skipped so far because settling diverged or loss or gradients were not
             finite.
         unsettled: updates made on the way whose residual turned out to be above tolerance.
-        easing: the factor on the nudge that updates on the way have led to.
+        easing, patience: what unsettled batches have led to; see there.
         plan: how the last step kept to the memory budget; None without one.
 
     Raises:
