@@ -3,7 +3,7 @@
 from mep.blocks.block import Block, parameters_of, sample_norm
 from mep.blocks.buffers import Buffers, give
 from mep.blocks.chain import Chain, TraceError, trace
-from mep.blocks.closed import ClosedBlock
+from mep.blocks.closed import ClosedBlock, Point
 from mep.blocks.dense import DenseBlock
 from mep.blocks.layers import Linear
 from mep.blocks.operations import Reshape

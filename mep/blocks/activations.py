@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Activation", "of_module"]
+__all__ = ["Activation", "of_module", "sigmoid_difference", "tanh_difference"]
 
 _kernel = torch.ops.aten
 
@@ -65,7 +65,7 @@ def _ramp_difference(x: Tensor, d: Tensor) -> Tensor:
     return torch.maximum(d, -x).add_(x.clamp(max=0))
 
 
-def _tanh_difference(y: Tensor, y_new: Tensor, d: Tensor, room: _Room = _NO_ROOM) -> Tensor:
+def tanh_difference(y: Tensor, y_new: Tensor, d: Tensor, room: _Room = _NO_ROOM) -> Tensor:
     """``tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)``."""
     one = _one(d.dtype, d.device)
     rest = torch.addcmul(one, y, y_new, value=-1, out=room[0])
@@ -84,7 +84,7 @@ def _with_sum(
     return move
 
 
-def _sigmoid_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
+def sigmoid_difference(y: Tensor, y_new: Tensor, d: Tensor) -> Tensor:
     """The same identity at half the argument, written in sigmoids."""
     return torch.tanh(d / 2) * (y * (1 - y_new) + y_new * (1 - y))
 
@@ -124,7 +124,7 @@ def _tanh() -> Activation:
         x: Tensor, y: Tensor, d: Tensor, x_new: Tensor, room: _Room = _NO_ROOM
     ) -> tuple[Tensor, Tensor]:
         y_new = torch.tanh(x_new, out=room[1])
-        return _tanh_difference(y, y_new, d, room), y_new
+        return tanh_difference(y, y_new, d, room), y_new
 
     return Activation("tanh", torch.tanh, pull, move, reads_input=False, writes=True, bound=1.0)
 
@@ -135,7 +135,7 @@ def _sigmoid() -> Activation:
         "sigmoid",
         torch.sigmoid,
         lambda x, y, g: _kernel.sigmoid_backward(g, y),
-        _with_sum(lambda x, y, d: _sigmoid_difference(y, torch.sigmoid(x + d), d)),
+        _with_sum(lambda x, y, d: sigmoid_difference(y, torch.sigmoid(x + d), d)),
     )
 
 
@@ -143,7 +143,7 @@ def _sigmoid() -> Activation:
 def _silu() -> Activation:
     def difference(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
         p, p_new = torch.sigmoid(x), torch.sigmoid(x + d)
-        return d * p_new + x * _sigmoid_difference(p, p_new, d)
+        return d * p_new + x * sigmoid_difference(p, p_new, d)
 
     return Activation(
         "silu", F.silu, lambda x, y, g: _kernel.silu_backward(g, x), _with_sum(difference)
@@ -214,7 +214,7 @@ def _gelu_tanh() -> Activation:
         x_new = x + d
         t, t_new = torch.tanh(c * (x + k * x**3)), torch.tanh(c * (x_new + k * x_new**3))
         inner = c * d * (1 + k * (x_new * x_new + x_new * x + x * x))
-        return 0.5 * (d * (1 + t_new) + x * _tanh_difference(t, t_new, inner))
+        return 0.5 * (d * (1 + t_new) + x * tanh_difference(t, t_new, inner))
 
     return Activation("gelu", lambda x: F.gelu(x, approximate="tanh"), pull, _with_sum(difference))
 

@@ -100,8 +100,21 @@ class ClosedBlock(Block):
             g = self.operations[k].pull(point.values[k], point.values[k + 1], point.memos[k], g)
         return g
 
+    def change(self, point: Point, d: Tensor) -> Tensor:
+        """Returns what a displaced input changes before the layer, ``g(s + d) - g(s)``."""
+        return self._moved(point, d)[0] if self.operations else d
+
     def difference(self, point: Point, d: Tensor) -> tuple[Tensor, Point]:
-        given, s = d, point.values[0]
+        change, moved = self._moved(point, d)
+        if self.layer is None:
+            return change.clone(), moved
+        pushed = self.layer.push(change)
+        if change is not d:
+            give(change)
+        return pushed, moved
+
+    def _moved(self, point: Point, d: Tensor) -> tuple[Tensor, Point]:
+        s = point.values[0]
         s_new = torch.add(s, d, out=take(d))
         values, memos = [s_new], []
         for k, operation in enumerate(self.operations):
@@ -112,12 +125,7 @@ class ClosedBlock(Block):
         if self.operations and not self.operations[0].reads_input:
             values[0] = s  # its shape is all that will be asked for
             give(s_new)
-        if self.layer is None:
-            return d.clone(), Point(values, memos)
-        pushed = self.layer.push(d)
-        if d is not given:
-            give(d)
-        return pushed, Point(values, memos)
+        return d, Point(values, memos)
 
     def signals(self, point: Point, e: Tensor, scale: float) -> Iterator[Signal]:
         layer, a, samples = self.layer, point.values[-1], e.shape[0]

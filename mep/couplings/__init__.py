@@ -1,6 +1,6 @@
 """Model -> Couplings: units with states, and symmetric interactions between their activities."""
 
-from mep.couplings.net import Coupled, Couplings, Interaction, block_of, couplings_of
+from mep.couplings.net import Coupled, Couplings, Interaction, Wiring, block_of, couplings_of
 from mep.couplings.units import CONJUGATE, SQUARE, Linear, Ramp, Unit, unit_of
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Linear",
     "Ramp",
     "Unit",
+    "Wiring",
     "block_of",
     "couplings_of",
     "unit_of",

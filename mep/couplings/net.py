@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import Chain, ClosedBlock, TraceError, parameters_of
+from mep.blocks import Chain, ClosedBlock, Point, TraceError, parameters_of
 from mep.blocks.layers import layer_of
 from mep.blocks.operations import AvgPool2d, Dropout, MaxPool2d, Reshape, operation_of
-from mep.couplings.units import POTENTIALS, Linear, Unit, unit_of
+from mep.couplings.units import POTENTIALS, Linear, Relaxing, Unit, unit_of
 from mep.curvature import Signal
 
-__all__ = ["Coupled", "Couplings", "Interaction", "block_of", "couplings_of"]
+__all__ = ["Coupled", "Couplings", "Interaction", "Wiring", "block_of", "couplings_of"]
 
 
 # What may stand between an activity and a layer.
 _KEPT = (AvgPool2d, MaxPool2d, Reshape)
-
-
-class Seen(NamedTuple):
-    """What an interaction keeps of one activity: its block's point, of both parts if complex."""
-
-    real: Any
-    imag: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,51 +47,118 @@ class Interaction:
         """Whether what is pulled does not depend on the activity that it is pulled to."""
         return all(isinstance(op, (AvgPool2d, Reshape)) for op in self.block.operations)
 
-    def push(self, a: Tensor) -> tuple[Tensor, Seen]:
-        """Returns the current ``W g(a) + b`` into the target, and what was seen of ``a``."""
-        if not a.is_complex():
-            current, point = self.block.predict(a)
-            return current, Seen(point)
-        real, point = self.block.predict(a.real.contiguous())
-        # The imaginary part takes the linear map alone, without the bias.
-        origin = self.block.predict(torch.zeros_like(a.real))[1]
-        imag, turned = self.block.difference(origin, a.imag.contiguous())
-        return torch.complex(real, imag), Seen(point, turned)
+    def push(self, a: Tensor) -> tuple[Tensor, Point]:
+        """Returns the current ``W g(a) + b`` into the target, and the point of ``a``."""
+        return self.block.predict(a)
 
-    def pull(self, seen: Seen, a: Tensor) -> Tensor:
+    def pull(self, point: Point, a: Tensor) -> Tensor:
         """Returns the current ``g^T W^T a`` into the source, of the target's activity."""
         if not a.is_complex():
-            return self._pull(seen.real, a)
-        parts = (self._pull(seen.real, part.contiguous()) for part in (a.real, a.imag))
-        return torch.complex(*parts)
+            return self._pull(point, a)
+        return torch.complex(*(self._pull(point, part.contiguous()) for part in (a.real, a.imag)))
 
-    def _pull(self, point: Any, a: Tensor) -> Tensor:
+    def _pull(self, point: Point, a: Tensor) -> Tensor:
         if self.feedback is None:
             return self.block.pull(point, self.block.product(point, a))
         return self.block.pull(point, self.block.product_through(point, a, self.feedback))
 
-    def signals(self, seen: Seen, error: Tensor, scale: float) -> Iterator[Signal]:
+    def around(self, point: Point, above: Tensor | None) -> Interaction:
+        """Returns the interaction of changes of both activities.
+
+        Args:
+            point: of the source's activity.
+            above: the target's activity; None for a read-out, whose target has none.
+        """
+        return _Change(self.source, self.target, self.block, self.factor, self.feedback, point, above)
+
+    def change(self, point: Point, t: Tensor) -> Tensor:
+        """Returns ``g(a + t) - g(a)``; for complex changes ``g`` must be linear."""
+        if not t.is_complex():
+            return self.block.change(point, t)
+        return torch.complex(*(self.block.change(point, part) for part in (t.real, t.imag)))
+
+    def signals(
+        self, seen: Tensor, error: Tensor, scale: float, *, bias: bool = True
+    ) -> Iterator[Signal]:
         """Yields the signals of ``scale Re(dF/dtheta)``, summed over the batch.
 
         Args:
-            seen: of the source's activity.
-            error: the target's activity, times any factor.
+            seen: ``g`` of the source's activity, or a change of it.
+            error: the target's activity, or a change of it, times any factor.
             scale: factor on the gradient.
+            bias: whether the bias has seen its constant activity of 1, or no change of it.
         """
         factor = -self.factor * scale
-        yield from self.block.signals(seen.real, _real(error), factor)
-        if seen.imag is not None and error.is_complex():
-            assert self.block.layer is not None
-            for signal in self.block.signals(seen.imag, error.imag.contiguous(), -factor):
-                if signal.parameter is not self.block.layer.bias:  # its activity is 1, and real
-                    yield signal
+        yield from self._signals(_real(seen), _real(error), factor, bias)
+        if seen.is_complex() and error.is_complex():
+            yield from self._signals(seen.imag.contiguous(), error.imag.contiguous(), -factor, False)
+
+    def _signals(self, seen: Tensor, error: Tensor, scale: float, bias: bool) -> Iterator[Signal]:
+        assert self.block.layer is not None
+        for signal in self.block.signals(Point([seen], []), error, scale):
+            if bias or signal.parameter is not self.block.layer.bias:
+                yield signal
+
+
+@dataclass(frozen=True, eq=False)
+class _Change(Interaction):
+    """An interaction of changes, around the activities it was made for."""
+
+    point: Point | None = None
+    above: Tensor | None = None
+
+    def push(self, a: Tensor) -> tuple[Tensor, Point]:
+        assert self.point is not None and self.block.layer is not None
+        if not self.linear:
+            return self.block.difference(self.point, a)
+        push, change = self.block.layer.push, self.change(self.point, a)
+        if not change.is_complex():
+            return push(change), self.point
+        parts = (push(part.contiguous()) for part in (change.real, change.imag))
+        return torch.complex(*parts), self.point
+
+    def pull(self, point: Point, a: Tensor) -> Tensor:
+        pulled = super().pull(point, a)
+        if self.linear or self.above is None:
+            return pulled
+        assert self.point is not None
+        # The way back is another one.
+        return pulled + (self._pull(point, self.above) - self._pull(self.point, self.above))
 
 
 def _real(t: Tensor) -> Tensor:
     return t.real.contiguous() if t.is_complex() else t
 
 
-class Couplings:
+class Wiring:
+    """Which interactions lead into and out of every state.
+
+    Attributes:
+        units: of the states ``s_1 ... s_n``.
+        interactions: between them, and from the input.
+        readout: makes the output of the last activity; None if the last state is the output.
+        into, out_of: numbers of the interactions, per state.
+        idle: by number from 0, what exerts nothing on anything: a state, or the input. None for
+            those of which no such thing is known.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Relaxing],
+        interactions: Sequence[Interaction],
+        readout: Interaction | None,
+        idle: Sequence[Tensor | None],
+    ) -> None:
+        self.units = list(units)
+        self.interactions = list(interactions)
+        self.readout = readout
+        self.idle = list(idle)
+        states = range(1, len(units) + 1)
+        self.into = [[k for k, c in enumerate(interactions) if c.target == i] for i in states]
+        self.out_of = [[k for k, c in enumerate(interactions) if c.source == i] for i in states]
+
+
+class Couplings(Wiring):
     """States ``s_1 ... s_n`` of units, their interactions, and a read-out beside them.
 
     Attributes:
@@ -115,21 +175,18 @@ class Couplings:
         ValueError: if a state has no interaction from below, or the output is no linear unit.
     """
 
+    units: list[Unit]  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(
         self,
         units: Sequence[Unit],
         interactions: Sequence[Interaction],
         readout: Interaction | None = None,
     ) -> None:
-        self.units = list(units)
-        self.interactions = list(interactions)
-        self.readout = readout
+        super().__init__(units, interactions, readout, [None] * (len(units) + 1))
         self.by_autograd = False
         self.advised = False
-        states = range(1, len(units) + 1)
-        self.into = [[k for k, c in enumerate(interactions) if c.target == i] for i in states]
-        self.out_of = [[k for k, c in enumerate(interactions) if c.source == i] for i in states]
-        for i, into in zip(states, self.into, strict=True):
+        for i, into in enumerate(self.into, 1):
             if not any(interactions[k].source < i for k in into):
                 raise ValueError(f"state {i} has no interaction from below: where should it start?")
         if readout is None and not isinstance(self.units[-1], Linear):

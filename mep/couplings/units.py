@@ -8,6 +8,9 @@ clipped to its box.
 ``conjugate``: ``s rho(s) - int_0^s rho``, so that ``dE/ds = rho'(s) (s - I)``. Any unit comes to
 rest at ``s = I``, with the activity ``rho(I)``. As a function of the activity ``a`` this is the
 integral of ``rho^-1`` from 0 to ``a`` (``artanh`` for tanh).
+
+Around a state at rest, what a unit is displaced by relaxes under the change of its current much
+like the unit itself, and no digit of a small displacement is lost to the state: ``Unit.around``.
 """
 
 from __future__ import annotations
@@ -21,22 +24,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from mep.blocks.activations import sigmoid_difference, tanh_difference
+
 __all__ = ["CONJUGATE", "POTENTIALS", "SQUARE", "Linear", "Ramp", "Smooth", "Unit", "unit_of"]
 
 SQUARE, CONJUGATE = "square", "conjugate"
 POTENTIALS = (SQUARE, CONJUGATE)
 
 
-class Unit(ABC):
-    """One kind of unit, elementwise.
+class Relaxing(ABC):
+    """What relaxes under a current, elementwise: the states of units, or their displacements.
 
     Attributes:
-        analytic: whether everything here takes complex states.
-        has_rest: whether ``rest`` has a closed form.
+        at_once: whether what is left to settle is the way to the rest, not a force.
     """
 
-    analytic: ClassVar[bool] = False
-    has_rest: bool = True
+    at_once: ClassVar[bool] = False
 
     @abstractmethod
     def activity(self, s: Tensor) -> Tensor:
@@ -47,32 +50,52 @@ class Unit(ABC):
         """Returns ``rho'(s)``."""
 
     @abstractmethod
-    def own(self, s: Tensor) -> Tensor:
-        """Returns the unit's own energy; real states only."""
-
-    @abstractmethod
     def force(self, s: Tensor, current: Tensor) -> Tensor:
         """Returns ``dE/ds``."""
 
     @abstractmethod
     def rest(self, current: Tensor) -> Tensor:
-        """Returns the state of lowest energy under a current, if ``has_rest``."""
-
-    def start(self, current: Tensor) -> Tensor:
-        """Returns a state to start from under a current."""
-        return self.rest(current)
+        """Returns the state of lowest energy under a current, if it has a closed form."""
 
     def imbalance(self, s: Tensor, current: Tensor) -> Tensor:
         """Returns what is left to settle: the force, or what agrees with it near rest."""
-        return self.force(s, current)
+        return s - self.rest(current) if self.at_once else self.force(s, current)
 
-    def activity_at_rest(self, s: Tensor) -> Tensor:
-        """Returns ``rho(s)`` for a state that ``rest`` has returned."""
+    def activity_if_kept(self, s: Tensor) -> Tensor:
+        """Returns ``rho(s)`` for a state that ``rest`` or ``kept`` has returned."""
         return self.activity(s)
 
     def kept(self, s: Tensor) -> Tensor:
         """Returns a state moved back to where it may be."""
         return s
+
+
+class Unit(Relaxing):
+    """One kind of unit.
+
+    Attributes:
+        analytic: whether everything here takes complex states.
+        has_rest: whether ``rest`` has a closed form.
+    """
+
+    analytic: ClassVar[bool] = False
+    has_rest: bool = True
+
+    @abstractmethod
+    def own(self, s: Tensor) -> Tensor:
+        """Returns the unit's own energy; real states only."""
+
+    def start(self, current: Tensor) -> Tensor:
+        """Returns a state to start from under a current."""
+        return self.rest(current)
+
+    @abstractmethod
+    def around(self, s: Tensor, current: Tensor) -> Relaxing:
+        """Returns what displacements from ``s`` are like, under changes of the current.
+
+        The state counts as at rest: what is left to settle there is dropped. Activities are changes
+        of activities; slopes are the unit's own.
+        """
 
 
 class Linear(Unit):
@@ -99,6 +122,9 @@ class Linear(Unit):
     def rest(self, current: Tensor) -> Tensor:
         return current
 
+    def around(self, s: Tensor, current: Tensor) -> Relaxing:
+        return self
+
 
 @dataclass(frozen=True)
 class Ramp(Unit):
@@ -116,6 +142,8 @@ class Ramp(Unit):
     low: float
     high: float
     potential: str
+
+    at_once = True  # the least force, where a kink allows several
 
     def activity(self, s: Tensor) -> Tensor:
         return s.clamp(self.low, self.high)
@@ -140,14 +168,50 @@ class Ramp(Unit):
         # A conjugate unit has no force outside its box: it may as well stay at the rim.
         return current.clamp(self.low, self.high)
 
-    def activity_at_rest(self, s: Tensor) -> Tensor:
+    def activity_if_kept(self, s: Tensor) -> Tensor:
         return s
-
-    def imbalance(self, s: Tensor, current: Tensor) -> Tensor:
-        return s - self.rest(current)  # the least force, where a kink allows several
 
     def kept(self, s: Tensor) -> Tensor:
         return s.clamp(self.low, self.high)
+
+    def around(self, s: Tensor, current: Tensor) -> Relaxing:
+        rest = self.rest(current)
+        beyond = torch.sub(current, rest).masked_fill_(s != rest, 0)
+        return _DisplacedRamp(self.low - s, self.high - s, beyond)
+
+
+@dataclass(frozen=True, eq=False)
+class _DisplacedRamp(Relaxing):
+    """Displacements of a ramp that stay within its box, where both potentials are one.
+
+    Args:
+        low, high: the kinks, less the state.
+        beyond: how far outside the box the current is, where the unit rests on the rim.
+    """
+
+    low: Tensor
+    high: Tensor
+    beyond: Tensor
+
+    at_once = True
+
+    def activity(self, s: Tensor) -> Tensor:
+        return self.kept(s)
+
+    def slope(self, s: Tensor) -> Tensor:
+        return ((s >= self.low) & (s <= self.high)).to(s.dtype)
+
+    def force(self, s: Tensor, current: Tensor) -> Tensor:
+        return s - (current + self.beyond)
+
+    def rest(self, current: Tensor) -> Tensor:
+        return self.kept(current + self.beyond)
+
+    def activity_if_kept(self, s: Tensor) -> Tensor:
+        return s
+
+    def kept(self, s: Tensor) -> Tensor:
+        return torch.clamp(s, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -158,6 +222,8 @@ class Smooth(Unit):
         name: of the activation.
         value: ``rho``.
         derivative: ``rho(s) -> rho'(s)``.
+        difference: ``rho(s), rho(s + d), d -> rho(s + d) - rho(s)``, free of cancellation.
+        bend: ``rho(s), rho(s + d) - rho(s) -> rho'(s + d) - rho'(s)``, free of it too.
         integral: ``s -> int_0^s rho``, for real states.
         potential: ``"square"`` or ``"conjugate"``.
     """
@@ -165,6 +231,8 @@ class Smooth(Unit):
     name: str
     value: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
+    difference: Callable[[Tensor, Tensor, Tensor], Tensor]
+    bend: Callable[[Tensor, Tensor], Tensor]
     integral: Callable[[Tensor], Tensor]
     potential: str
 
@@ -204,6 +272,46 @@ class Smooth(Unit):
         # In activities: rho'(s) (s - I) to first order, and not 0 because s is saturated.
         return self.value(s) - self.value(current)
 
+    def around(self, s: Tensor, current: Tensor) -> Relaxing:
+        return _DisplacedSmooth(self, s, self.value(s), current)
+
+
+@dataclass(frozen=True, eq=False)
+class _DisplacedSmooth(Relaxing):
+    """Displacements of a smooth unit.
+
+    Args:
+        unit: the unit.
+        origin: its state.
+        value: its activity there.
+        current: its current there.
+    """
+
+    unit: Smooth
+    origin: Tensor
+    value: Tensor
+    current: Tensor
+
+    def activity(self, s: Tensor) -> Tensor:
+        return self.unit.difference(self.value, self.unit.value(self.origin + s), s)
+
+    def slope(self, s: Tensor) -> Tensor:
+        return self.unit.slope(self.origin + s)
+
+    def force(self, s: Tensor, current: Tensor) -> Tensor:
+        if self.unit.potential == SQUARE:
+            bend = self.unit.bend(self.value, self.activity(s))
+            return s - bend * self.current - self.slope(s) * current
+        return self.slope(s) * (s - current)
+
+    def rest(self, current: Tensor) -> Tensor:
+        return self.unit.rest(current)
+
+    def imbalance(self, s: Tensor, current: Tensor) -> Tensor:
+        if self.unit.potential == SQUARE:
+            return self.force(s, current)
+        return self.activity(s) - self.activity(current)
+
 
 def _tanh_slope(y: Tensor) -> Tensor:
     return 1 - y * y
@@ -238,8 +346,13 @@ def unit_of(module: nn.Module, potential: str | None = None) -> Unit | None:
     if type(module) is nn.Hardtanh and module.min_val <= 0 <= module.max_val:
         return Ramp(float(module.min_val), float(module.max_val), potential or SQUARE)
     if type(module) is nn.Tanh:
-        return Smooth("tanh", torch.tanh, _tanh_slope, _log_cosh, potential or CONJUGATE)
+        return Smooth(
+            "tanh", torch.tanh, _tanh_slope, tanh_difference, lambda y, t: -t * (2 * y + t),
+            _log_cosh, potential or CONJUGATE,
+        )  # fmt: skip
     if type(module) is nn.Sigmoid:
-        own = potential or CONJUGATE
-        return Smooth("sigmoid", torch.sigmoid, _sigmoid_slope, _sigmoid_integral, own)
+        return Smooth(
+            "sigmoid", torch.sigmoid, _sigmoid_slope, sigmoid_difference,
+            lambda y, t: t * (1 - 2 * y - t), _sigmoid_integral, potential or CONJUGATE,
+        )  # fmt: skip
     return None

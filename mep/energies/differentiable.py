@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mep.couplings import Couplings
 from mep.energies.equilibrium import forward_start, settled_states
-from mep.energies.relaxation import Relaxation, States
+from mep.energies.relaxation import Relaxation
+from mep.energies.states import States
 from mep.settling import FixedPoint
 
 __all__ = ["differentiable_states"]

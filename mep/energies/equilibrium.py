@@ -12,7 +12,8 @@ from torch import Tensor
 from mep.blocks import sample_norm
 from mep.couplings import Couplings
 from mep.energies.costs import Cost
-from mep.energies.relaxation import Relaxation, States
+from mep.energies.relaxation import Relaxation
+from mep.energies.states import States, displaced
 from mep.settling import GradientDescent, Settled, Solver, settle
 
 __all__ = ["Equilibrium", "contraction", "fixed_point", "forward_start", "settled_states"]
@@ -96,7 +97,7 @@ class Equilibrium:
         self.cost = cost
         start = forward_start(net, x)
         self.target = cost.prepare(target, start.output)
-        self.settled = settle(Relaxation(start, cost, self.target, 0.0, beta), solver)
+        self.settled = settle(Relaxation(start, cost, self.target, 0.0, 1.0), solver)
         self._free: States = self.settled.configuration
         self._response: tuple[complex, States] | None = None
         self.loss = cost.value(self._free.output, self.target)
@@ -132,15 +133,19 @@ class Equilibrium:
                 "complex nudges need analytic units (nn.Tanh, nn.Sigmoid), no max pooling and "
                 "gradient_method='analytic'; use stencil=mep.centered here"
             )
-        start = self._free.copy()
-        start.origin = self.states
-        complex_before = self._response is not None and isinstance(self._response[0], complex)
-        if self._response is not None and (isinstance(beta, complex) or not complex_before):
-            # To first order states respond in proportion to the nudge.
-            other, at = self._response
-            for i, (s, moved) in enumerate(zip(self.states, at.states, strict=True), 1):
-                start.put(i, self.chain.units[i - 1].kept(s + (moved - s) * (beta / other)))
+        start = self._still
+        other, at = self._response or (beta, None)
+        real = isinstance(beta, complex) or not isinstance(other, complex)
+        if at is not None and real and all(unit.analytic for unit in self.chain.units):
+            # To first order states respond in proportion to the nudge, unless they are on kinks.
+            moved = zip(start.net.units, at.unknowns, strict=True)
+            start = start.placed([unit.kept(d * (beta / other)) for unit, d in moved])
         return Relaxation(start, self.cost, self.target, beta, abs(beta))
+
+    @cached_property
+    def _still(self) -> States:
+        """The displacements of nothing, which every nudged phase starts from."""
+        return displaced(self._free)
 
     @property
     def unnudged(self) -> Relaxation:

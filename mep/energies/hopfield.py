@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from mep.energies.equilibrium import (
     forward_start,
     settled_states,
 )
-from mep.energies.relaxation import Relaxation, States
+from mep.energies.relaxation import Relaxation
+from mep.energies.states import States
 from mep.settling import (
     CONVERGED,
     DIVERGED,
@@ -145,15 +146,15 @@ class Hopfield(Energy):
         if net.by_autograd:
             yield from _by_autograd(self, free, phases, scale)
             return
+        ends = [_End(free.settled.configuration, p.settled.configuration, p.weight) for p in phases]
         for k, interaction in enumerate(net.interactions):
-            yield from _hebbian(k, interaction, phases, scale)
+            yield from _hebbian(k, interaction, ends, scale)
         if net.readout is None:
             return
-        for settled, beta, weight in phases:
+        for end, (_, beta, weight) in zip(ends, phases, strict=True):
             if beta != 0:
-                at: States = settled.configuration
-                error = free.cost.gradient(at.output, free.target) * (weight * beta)
-                yield from net.readout.signals(at.readout_seen, error, scale)
+                error = free.cost.gradient(end.at.output, free.target) * (weight * beta)
+                yield from net.readout.signals(end.seen_by_readout(net.readout), error, scale)
 
     def advice(self, free: Equilibrium, solver: Solver, nudged: Settled, status: str) -> str | None:
         if status == CONVERGED or free.chain.advised:
@@ -180,20 +181,55 @@ class Hopfield(Energy):
         )
 
 
+class _End(NamedTuple):
+    """Where a phase has ended, as changes of the free one's activities."""
+
+    free: States
+    at: States
+    weight: complex
+
+    def change(self, i: int) -> Tensor:
+        """Of an activity."""
+        if i == 0 or self.at is self.free:
+            return torch.zeros_like(self.free.activity(i))
+        return self.at.activity(i)
+
+    def seen_change(self, k: int, interaction: Interaction) -> Tensor:
+        """Of what an interaction sees of it."""
+        return interaction.change(self.free.pushed(k)[1], self.change(interaction.source))
+
+    def seen_by_readout(self, readout: Interaction) -> Tensor:
+        """What the read-out sees of the last activity."""
+        point = self.free.readout_point
+        return point.values[-1] + readout.change(point, self.change(readout.source))
+
+
 def _hebbian(
-    k: int, interaction: Interaction, phases: Sequence[Phase], scale: float
+    k: int, interaction: Interaction, ends: Sequence[_End], scale: float
 ) -> Iterator[Signal]:
-    """The contrast of ``-factor rho(s_target) rho(s_source)^T``."""
-    seen_of = [settled.configuration.pushed(k)[1] for settled, _, _ in phases]
-    errors = [
-        settled.configuration.activity(interaction.target) * weight for settled, _, weight in phases
-    ]
-    if interaction.source == 0:  # the input is the same in all phases: one product for all
-        real = [error.real if error.is_complex() else error for error in errors]
-        yield from interaction.signals(seen_of[0], torch.stack(real).sum(0), scale)
+    """The contrast of ``-factor rho(s_target) rho(s_source)^T``, from changes alone.
+
+    As the weights add up to 0, ``sum_k w_k e_k a_k^T = sum_k w_k (e_k - e_0) a_k^T + e_0 (sum_k
+    w_k (a_k - a_0))^T``, as many products as phases, none of which cancels another.
+    """
+    base, *others = ends
+    source, target = interaction.source, interaction.target
+    seen = base.free.pushed(k)[1].values[-1]
+    errors = [(end.change(target) - base.change(target)) * end.weight for end in others]
+    if source == 0:  # the input is the same in all phases: one product for all
+        yield from interaction.signals(seen, _sum(errors), scale)
         return
-    for seen, error in zip(seen_of, errors, strict=True):
-        yield from interaction.signals(seen, error, scale)
+    first = base.seen_change(k, interaction)
+    changes = [end.seen_change(k, interaction) for end in others]
+    for error, change in zip(errors, changes, strict=True):
+        yield from interaction.signals(seen + change, error, scale)
+    moved = _sum([(c - first) * end.weight for end, c in zip(others, changes, strict=True)])
+    error = base.free.activity(target) + base.change(target)
+    yield from interaction.signals(moved, error, scale, bias=False)
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 
 def _by_autograd(

@@ -121,8 +121,9 @@ class Sweeping(Problem, Protocol):
 class Relaxing(Problem, Protocol):
     """A problem whose every state has a closed form, given the others."""
 
-    def relax(self, at: Any, order: str) -> Any:
-        """Lets the states come to rest in an order; changes and returns the configuration."""
+    def relax(self, at: Any, order: str, omega: float) -> Any:
+        """Lets the states go a share of their way to rest; changes and returns the configuration.
+        """
         ...
 
 
@@ -130,8 +131,8 @@ class Relaxing(Problem, Protocol):
 class Iterate:
     """A configuration on its way, its residual, and what the solver carries along.
 
-    Both are None before the first step of a solver that does not look at the free equilibrium,
-    whose residual is 1 by definition.
+    The residual is None before the first step of a solver that does not look where it starts, and
+    the configuration, too, if that is the free equilibrium, whose residual is 1 by definition.
     """
 
     configuration: Any
@@ -181,11 +182,12 @@ def settle(problem: Problem, solver: Solver) -> Settled:
     """
     iterate = solver.start(problem)
     first = iterate.residual
-    history: list[Any] = [1.0 if first is None else first.per_sample.median()]
+    at_once = 1.0 if iterate.configuration is None else math.nan
+    history: list[Any] = [at_once if first is None else first.per_sample.median()]
     steps = 0
-    # A solver without a configuration yet takes a step even where most samples are not nudged.
+    # A solver that has not looked yet takes a step even where most samples are not nudged.
     while steps < solver.max_steps and (
-        iterate.configuration is None or not _may_stop(solver, history)
+        iterate.residual is None or not _may_stop(solver, history)
     ):
         iterate = solver.step(problem, iterate)
         history.append(iterate.residual.per_sample.median())

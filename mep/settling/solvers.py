@@ -147,19 +147,24 @@ class FixedPoint(Solver):
         tol: median residual at which to stop, or None to take all rounds.
         order: ``"alternating"`` (every second layer, then the others), ``"synchronous"`` (all at
             once), ``"forward"`` or ``"backward"`` (layer by layer, from below or from above).
+        omega: how much of its way to rest a unit goes, in (0, 2). With layers that alternate, and
+            a round that shrinks errors to the share ``r``, ``2 / (1 + sqrt(1 - r))`` is fastest;
+            below 1 nets come to rest that would go to and fro.
 
     Raises:
         ValueError: if an option is out of range.
 
     >>> FixedPoint(max_steps=20, tol=1e-3)
-    FixedPoint(max_steps=20, tol=0.001, order='alternating')
+    FixedPoint(max_steps=20, tol=0.001, order='alternating', omega=1.0)
 
-    Source: Scellier & Bengio 2017, sec. 2.3; asynchronous orders: Scellier et al. 2023, sec. 3.
+    Source: Scellier & Bengio 2017, sec. 2.3; asynchronous orders: Scellier et al. 2023, sec. 3;
+    over-relaxation: Young 1954, sec. 4.
     """
 
     max_steps: int = 50
     tol: float | None = 1e-2
     order: str = ALTERNATING
+    omega: float = 1.0
 
     def __post_init__(self) -> None:
         _check(
@@ -167,13 +172,15 @@ class FixedPoint(Solver):
             max_steps=_count(self.max_steps),
             tol=_tolerance(self.tol),
             order=(self.order in ORDERS, f"one of {ORDERS}"),
+            omega=(0 < self.omega < 2, "in (0, 2)"),
         )
 
     def start(self, problem: Problem) -> Iterate:
-        return Iterate(problem.start(), problem.start_residual())
+        # To look at the start takes half a round, and it is not settled.
+        return Iterate(problem.start(), None)
 
     def step(self, problem: Relaxing, iterate: Iterate) -> Iterate:
-        at = problem.relax(iterate.configuration, self.order)
+        at = problem.relax(iterate.configuration, self.order, self.omega)
         return Iterate(at, problem.residual(at))
 
 
