@@ -19,6 +19,7 @@ from mep.energies import (
     States,
     contraction,
     cost_of,
+    displaced,
     forward_start,
     settled_states,
 )
@@ -326,6 +327,105 @@ def test_the_input_is_pushed_once_and_a_round_takes_one_product_per_weight_and_w
     # Two phases, each with a start that is looked at; the forward start has pushed once more.
     assert counts["apply", 6] <= 2 * (steps + 1) + 1
     assert counts["pull", 6] <= 2 * (steps + 1)
+
+
+def test_what_has_not_moved_sends_nothing(monkeypatch):
+    """A nudge reaches layer after layer; the products of a chain still at rest are not taken."""
+    model, (x, y) = net_of("clipped"), batch()
+    free = settled_states(model.couplings(), x, DEEP).configuration
+    start, cost = displaced(free), cost_of("mse")
+    problem = Relaxation(start, cost, cost.prepare(y, free.output), 0.3, 0.3)
+    sent = []
+    original = mep.couplings.Interaction.pull
+
+    def pull(self, point, a):
+        sent.append((self.source, self.target))
+        return original(self, point, a)
+
+    monkeypatch.setattr(mep.couplings.Interaction, "pull", pull)
+    at = problem.relax(problem.start(), "alternating")
+    assert sent == [] and not at[1].any() and not at[2].any() and at[3].any()
+    at = problem.relax(at, "alternating")
+    assert sent == [(2, 3), (1, 2)] and at[1].any()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_displaced_unit_is_the_unit_less_its_rest(name):
+    """``around(s, I)`` at a rest: activities, rests, slopes and forces are differences."""
+    net, generator = net_of(name).couplings(), torch.Generator().manual_seed(5)
+    for unit in net.units:
+        # Sums of such numbers are exact, and hit the kinks.
+        current, change = torch.randint(-128, 129, (2, 200), generator=generator).double() / 64
+        s = unit.rest(current) if unit.has_rest else current
+        moved, d = unit.around(s, current), unit.kept(s + change) - s
+        close = {"rtol": 1e-9, "atol": 1e-12}
+        torch.testing.assert_close(
+            moved.activity(d), unit.activity(s + d) - unit.activity(s), **close
+        )
+        torch.testing.assert_close(moved.slope(d), unit.slope(s + d))
+        left = unit.force(s, current) if not unit.has_rest else torch.zeros_like(s)
+        inside = unit.slope(s + d) > 0  # a ramp outside its box is at rest there, or is not kept
+        wanted = unit.force(s + d, current + change) - left
+        torch.testing.assert_close(moved.force(d, change)[inside], wanted[inside], **close)
+        if unit.has_rest:
+            torch.testing.assert_close(moved.rest(change), unit.rest(current + change) - s, **close)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_displaced_unit_stays_where_nothing_pulls(name):
+    """Even where the free phase has left something to settle."""
+    net, generator = net_of(name).couplings(), torch.Generator().manual_seed(6)
+    for unit in net.units:
+        s, current = torch.randn(2, 200, generator=generator, dtype=torch.float64)
+        moved = unit.around(unit.kept(s), current)
+        nothing = torch.zeros_like(s)
+        if unit.has_rest:
+            assert not moved.rest(nothing).any()
+        else:
+            assert not moved.force(nothing, nothing).any()
+
+
+@pytest.mark.parametrize("name", AT_REST)
+@pytest.mark.parametrize("stencil", [mep.one_sided, mep.centered, mep.holomorphic(3)])
+def test_no_digit_of_a_small_nudge_is_lost_in_float32(name, stencil):
+    model, (x, y) = net_of(name), batch()
+    options = {"cost": NETS[name][1], "beta": 1e-6, "stencil": stencil, "settler": DEEP}
+    exact, _ = estimated(model, x, y, **options)
+    single, _ = estimated(net_of(name).float(), x.float(), y, **options)
+    assert distance(single.double(), exact) < 1e-5
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_over_relaxation_shrinks_errors_as_young_says(share):
+    """Alternating layers: rounds shrink by ``share``; with the best omega, by ``omega - 1``."""
+    torch.manual_seed(0)
+    model = hopfield_mlp(3, (5,), 5, lambda: nn.Hardtanh(-100, 100)).double()
+    with torch.no_grad():  # symmetric, and the largest eigenvalue the square root of the share
+        w = torch.linalg.qr(torch.randn(5, 5).double())[0]
+        sizes = torch.linspace(0.1, share**0.5, 5).double()
+        model.net[3].weight.copy_(w @ torch.diag(sizes) @ w.T)
+    x, omega = torch.randn(1, 3).double(), 2 / (1 + (1 - share) ** 0.5)
+
+    def shrinks(omega, first, last):
+        solver = mep.FixedPoint(last, None, omega=omega)
+        history = settled_states(model.couplings(), x, solver).history
+        return (history[last] / history[first]) ** (1 / (last - first))
+
+    assert shrinks(1.0, 20, 25) == pytest.approx(share, rel=0.01)
+    # A double eigenvalue: the error falls like k (omega - 1)^k.
+    assert shrinks(omega, 6, 10) == pytest.approx((omega - 1) * (10 / 6) ** (1 / 4), rel=0.1)
+
+
+def test_under_relaxation_settles_what_flips():
+    model = LoopedMLP(4, 3, 2).double()
+    with torch.no_grad():
+        model.net["recurrent"].weight.copy_(-1.5 * torch.eye(3))
+        model.net["recurrent"].bias.zero_()
+        model.net["input"].bias.fill_(0.1)
+    net, x = model.couplings(), torch.zeros(2, 4).double()
+    with pytest.warns(UserWarning, match="not reached"):
+        assert not settled_states(net, x, mep.FixedPoint(100, 1e-8)).converged
+    assert settled_states(net, x, mep.FixedPoint(100, 1e-8, omega=0.6)).converged
 
 
 def test_settling_does_not_report_what_it_has_not_reached():

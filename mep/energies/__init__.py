@@ -9,7 +9,8 @@ from mep.energies.hopfield import Hopfield
 from mep.energies.nudged import Configuration, Nudged
 from mep.energies.outputs import KL, OutputEnergy, Squared
 from mep.energies.prediction import PredictionError
-from mep.energies.relaxation import Relaxation, States
+from mep.energies.relaxation import Relaxation
+from mep.energies.states import States, displaced
 
 __all__ = [
     "KL",
@@ -30,6 +31,7 @@ __all__ = [
     "contraction",
     "cost_of",
     "differentiable_states",
+    "displaced",
     "forward_start",
     "settled_states",
     "usable_gain",
