@@ -100,6 +100,8 @@ def test_the_defaults_reach_97_percent_on_digits(tmp_path):
         (("--momentum", 0.5), {"momentum": 0.5}),
         (("--weight-decay", 0.1), {"weight_decay": 0.1}),
         (("--schedule", "one-cycle"), {"schedule": "one-cycle"}),
+        (("--shift", 1), {"shift": 1, "flip": False}),
+        (("--flip",), {"flip": True}),
         (("--seeds", "5"), {"seeds": [5]}),
         (("--max-samples", 64), {"max_samples": 64}),
         (("--epochs", 2), {"epochs": 2}),

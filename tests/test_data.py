@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from mep.data import DataError, Dataset, load, names, read_idx
+from mep.data import DataError, Dataset, augmented, load, names, read_idx
 from mep.data import mnist as mnist_module
 
 STEMS = tuple(mnist_module.SOURCES["mnist"].archives)
@@ -373,3 +373,52 @@ def test_real_files_are_told_apart(real_data, tmp_path, name):
 
 def test_names():
     assert names() == ("digits", "mnist", "fashion-mnist")
+
+
+def drawn(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def moved(image, down, right):
+    """The image moved, pixel by pixel."""
+    found = torch.zeros_like(image)
+    _, height, width = image.shape
+    for row in range(height):
+        for column in range(width):
+            r, c = row - down, column - right
+            if 0 <= r < height and 0 <= c < width:
+                found[:, row, column] = image[:, r, c]
+    return found
+
+
+def test_shifted_images_are_the_images_moved_by_every_amount_there_is():
+    x = torch.rand(400, 2, 5, 4, generator=drawn()) + 1
+    found = augmented(x, shift=1, flip=False, generator=drawn(1))
+    ways = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    counts = dict.fromkeys(ways, 0)
+    for image, new in zip(x, found, strict=True):
+        (way,) = [way for way in ways if torch.equal(moved(image, *way), new)]
+        counts[way] += 1
+    assert min(counts.values()) > 20  # of 44 each
+
+
+def test_half_of_the_images_are_mirrored():
+    x = torch.rand(400, 1, 3, 4, generator=drawn())
+    found = augmented(x, shift=0, flip=True, generator=drawn(1))
+    same = [torch.equal(a, b) for a, b in zip(x, found, strict=True)]
+    mirrored = [torch.equal(a.flip(2), b) for a, b in zip(x, found, strict=True)]
+    assert all(a or b for a, b in zip(same, mirrored, strict=True))
+    assert 150 < sum(mirrored) < 250
+
+
+def test_images_may_stay_as_they_are():
+    x = torch.rand(3, 7)
+    assert augmented(x, shift=0, flip=False, generator=drawn()) is x
+
+
+@pytest.mark.parametrize("options", [{"shift": 1, "flip": False}, {"shift": 0, "flip": True}])
+def test_only_images_are_augmented(options):
+    with pytest.raises(ValueError, match="need images"):
+        augmented(torch.rand(3, 7), generator=drawn(), **options)
+    with pytest.raises(ValueError, match="`shift` must be >= 0"):
+        augmented(torch.rand(3, 1, 4, 4), shift=-1, flip=False, generator=drawn())

@@ -230,7 +230,7 @@ def test_a_given_scheduler_is_stepped_after_every_batch(data):
     ],
 )
 def test_a_resumed_run_equals_the_unbroken_one(data, tmp_path, kill, every, schedule):
-    config = dataclasses.replace(CONFIG, schedule=schedule)
+    config = dataclasses.replace(CONFIG, schedule=schedule, shift=1, flip=True)
     unbroken = [ep_arm(), backprop_arm()]
     expected = fit(unbroken, data, config)
 
@@ -428,9 +428,29 @@ def test_the_progress_bar_shows_loss_accuracy_and_residual(data):
 # Bad input
 
 
+def test_every_arm_meets_the_same_changed_images_in_every_epoch_anew(data):
+    seen = {}
+
+    def watching(name):
+        arm = backprop_arm(name)
+        met = seen.setdefault(name, [])
+        arm.model.register_forward_pre_hook(
+            lambda model, inputs: met.append(inputs[0].clone()) if model.training else None
+        )
+        return arm
+
+    fit([watching("one"), watching("other")], data, dataclasses.replace(CONFIG, shift=1, flip=True))
+    one, other = seen["one"], seen["other"]
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(torch.cat(one[:STEPS]), torch.cat(one[STEPS:]))
+    fit([watching("plain")], data, CONFIG)
+    assert not torch.equal(seen["plain"][0], one[0])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"shift": -1}, "`shift` must be >= 0, got -1"),
         ({"epochs": 0}, "`epochs` must be >= 1, got 0"),
         ({"batch_size": 0}, "`batch_size` must be >= 1, got 0"),
         ({"eval_batch_size": -1}, "`eval_batch_size` must be >= 1, got -1"),

@@ -64,6 +64,10 @@ def train(
     schedule: Annotated[
         str, typer.Option(metavar="|".join(SCHEDULES), help="Course of the learning rate.")
     ] = "one-cycle",
+    shift: Annotated[
+        int, typer.Option(min=0, help="Pixels by which training images are moved at random.")
+    ] = 0,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror half of them.")] = False,
     seeds: Annotated[str, typer.Option(help="One run per seed, such as 0,1,2.")] = "0",
     data_dir: options.DataDir = None,
     out: options.Out = Path("runs/train"),
@@ -92,6 +96,7 @@ def train(
         if spectral is not None:
             common["constraint"] = mep.SpectralNorm(spectral, ends=False)
         course = {**_given(dataset, epochs=epochs, batch_size=batch_size), "schedule": schedule}
+        course |= {"shift": shift, "flip": flip}
         run = contest.Contest(
             data=data,
             model=make_model,

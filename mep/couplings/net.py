@@ -69,7 +69,9 @@ class Interaction:
             point: of the source's activity.
             above: the target's activity; None for a read-out, whose target has none.
         """
-        return _Change(self.source, self.target, self.block, self.factor, self.feedback, point, above)
+        return _Change(
+            self.source, self.target, self.block, self.factor, self.feedback, point, above
+        )
 
     def change(self, point: Point, t: Tensor) -> Tensor:
         """Returns ``g(a + t) - g(a)``; for complex changes ``g`` must be linear."""
@@ -91,7 +93,9 @@ class Interaction:
         factor = -self.factor * scale
         yield from self._signals(_real(seen), _real(error), factor, bias)
         if seen.is_complex() and error.is_complex():
-            yield from self._signals(seen.imag.contiguous(), error.imag.contiguous(), -factor, False)
+            yield from self._signals(
+                seen.imag.contiguous(), error.imag.contiguous(), -factor, False
+            )
 
     def _signals(self, seen: Tensor, error: Tensor, scale: float, bias: bool) -> Iterator[Signal]:
         assert self.block.layer is not None

@@ -1,5 +1,6 @@
 """Data sets as tensors in memory: digits, MNIST, Fashion-MNIST."""
 
+from mep.data.augment import augmented
 from mep.data.catalogue import load, names
 from mep.data.dataset import Dataset
 from mep.data.idx import DataError, read_idx
@@ -10,6 +11,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Tasks",
+    "augmented",
     "load",
     "names",
     "permuted",

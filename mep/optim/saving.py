@@ -13,6 +13,17 @@ from mep.optim.groups import roles
 __all__ = ["Saved"]
 
 
+class _Numbers(list[int]):
+    """Numbers of parameters: torch looks each up among all, which takes hours at 200,000."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        super().__init__(numbers)
+        self._known = {*numbers}
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._known
+
+
 class Saved(torch.optim.Optimizer):
     """The part of an ``EPOptimizer`` that is saved and restored; attributes are its own."""
 
@@ -30,7 +41,8 @@ class Saved(torch.optim.Optimizer):
         """Loads what ``state_dict`` returned; what ``torch.optim.SGD`` does not save stays."""
         for group in state_dict["param_groups"]:
             self.rule.check({**self.defaults, **group})  # before anything is loaded
-        super().load_state_dict(state_dict)
+        groups = [{**g, "params": _Numbers(g["params"])} for g in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
         for group in self.param_groups:
             group.setdefault("lr_scale", self.defaults["lr_scale"])
         counts = state_dict.get("ep", {})

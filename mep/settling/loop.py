@@ -122,8 +122,7 @@ class Relaxing(Problem, Protocol):
     """A problem whose every state has a closed form, given the others."""
 
     def relax(self, at: Any, order: str, omega: float) -> Any:
-        """Lets the states go a share of their way to rest; changes and returns the configuration.
-        """
+        """Lets the states go a share of their way to rest; changes and returns the configuration."""
         ...
 
 
@@ -186,9 +185,7 @@ def settle(problem: Problem, solver: Solver) -> Settled:
     history: list[Any] = [at_once if first is None else first.per_sample.median()]
     steps = 0
     # A solver that has not looked yet takes a step even where most samples are not nudged.
-    while steps < solver.max_steps and (
-        iterate.residual is None or not _may_stop(solver, history)
-    ):
+    while steps < solver.max_steps and (iterate.residual is None or not _may_stop(solver, history)):
         iterate = solver.step(problem, iterate)
         history.append(iterate.residual.per_sample.median())
         steps += 1

@@ -21,6 +21,8 @@ class TrainingConfig:
             then a cosine to zero) or ``"constant"``; stepped after every batch.
         seed: drives the data order and each arm's random stream (dropout).
         eval_batch_size: samples per forward pass of the evaluation, >= 1.
+        shift: pixels by which training images are moved at random, >= 0 (``mep.data.augmented``).
+        flip: whether half of them are mirrored.
 
     Raises:
         ValueError: for a value out of range.
@@ -35,6 +37,8 @@ class TrainingConfig:
     schedule: Literal["one-cycle", "constant"] = "one-cycle"
     seed: int = 0
     eval_batch_size: int = 512
+    shift: int = 0
+    flip: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_batch_size"):
@@ -42,5 +46,6 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"`schedule` must be one of {SCHEDULES}, got {self.schedule!r}.")
-        if self.seed < 0:
-            raise ValueError(f"`seed` must be >= 0, got {self.seed}.")
+        for name in ("seed", "shift"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}.")

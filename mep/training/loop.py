@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mep.data.augment import augmented
 from mep.training.arm import Arm, Lane
 from mep.training.checkpoint import Checkpointing, Position, resume, save
 from mep.training.config import TrainingConfig
@@ -34,9 +35,12 @@ def permutation(samples: int, seed: int, epoch: int) -> Tensor:
         >>> bool((permutation(5, 0, 1) == permutation(5, 0, 1)).all())
         True
     """
-    # 64-bit mix of both numbers: seed + epoch would give seed 1 the orders of seed 0, shifted.
-    mixed = (seed * 0x9E3779B97F4A7C15 + epoch) % 2**63
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(mixed))
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(_mixed(seed, epoch)))
+
+
+def _mixed(seed: int, number: int) -> int:
+    """64 bits of both: seed + epoch would give seed 1 the orders of seed 0, shifted."""
+    return (seed * 0x9E3779B97F4A7C15 + number) % 2**63
 
 
 def batches(data: Dataset, size: int, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,8 +150,12 @@ def _epoch(
 def _batches(data: Dataset, config: TrainingConfig, at: Position) -> Iterator[tuple[Tensor, ...]]:
     """The batches of the epoch that are still to come."""
     order = permutation(len(data.x_train), config.seed, at.epoch)
-    for index in order.split(config.batch_size)[at.position :]:
-        yield data.x_train[index], data.y_train[index]
+    draw = torch.Generator()
+    for number, index in enumerate(order.split(config.batch_size)[at.position :], at.position):
+        # Of the batch's own, like the order: the same for every arm and after every resume.
+        draw.manual_seed(_mixed(_mixed(config.seed, at.epoch), number))
+        x = augmented(data.x_train[index], shift=config.shift, flip=config.flip, generator=draw)
+        yield x, data.y_train[index]
 
 
 def _step(lanes: Sequence[Lane], x: Tensor, y: Tensor, number: int) -> None:
