@@ -65,6 +65,7 @@ class EquilibriumConfig:
         batch: samples per step, >= 1.
         beta: nudging strength of the centered estimate, > 0.
         tol: residual at which both phases stop.
+        omega: share of its way to rest that a unit goes in a round, in (0, 2).
         rounds: timed rounds, >= 1.
         samples: test samples that disturbed nets are judged on.
         seed: of weights and data order.
@@ -78,6 +79,7 @@ class EquilibriumConfig:
     batch: int = 128
     beta: float = 0.2
     tol: float = 1e-2
+    omega: float = 1.0
     rounds: int = 20
     samples: int = 2000
     seed: int = 0
@@ -94,7 +96,7 @@ class EquilibriumConfig:
     @property
     def options(self) -> dict[str, Any]:
         """How EP takes its gradient."""
-        settler = mep.FixedPoint(tol=self.tol)
+        settler = mep.FixedPoint(tol=self.tol, omega=self.omega)
         return {"beta": self.beta, "stencil": mep.centered, "settler": settler}
 
 
@@ -245,7 +247,7 @@ def _phases(
 def _phase(name: str, settled: Settled) -> dict[str, Any]:
     return {"phase": name, "rounds": settled.steps, "residual": settled.median,
             "residual_q95": settled.q95, "residual_aggregate": settled.aggregate,
-            "status": settled.status, "history": settled.history}  # fmt: skip
+            "status": settled.status, "history": settled.history[1:]}  # fmt: skip
 
 
 def _layers(
@@ -335,7 +337,8 @@ def plot(record: Record) -> Figure:
     kinds = list(dict.fromkeys(row["kind"] for row in summary["robustness"]))
     figure, axes = canvas(1 + len(kinds), table(record).title)
     for phase in summary["phases"]:
-        axes[0].plot(phase["history"], marker="o", label=phase["phase"])
+        history = phase["history"]
+        axes[0].plot(range(1, 1 + len(history)), history, marker="o", label=phase["phase"])
     axes[0].axhline(record.config["tol"], color="#888888", linestyle=":", linewidth=1)
     axes[0].set(yscale="log", xlabel="rounds of relaxation", ylabel="median residual")
     axes[0].legend(loc="best", fontsize=8)

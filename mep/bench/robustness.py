@@ -60,7 +60,7 @@ class _Noisy:
         a = self.unit.activity(s)
         return a + self.deviation * torch.randn_like(a)
 
-    def activity_at_rest(self, s: Tensor) -> Tensor:
+    def activity_if_kept(self, s: Tensor) -> Tensor:
         return self.activity(s)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "DenseBlock",
     "Feedback",
     "Linear",
+    "Point",
     "Reshape",
     "SkipBlock",
     "TraceError",

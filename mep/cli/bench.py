@@ -270,6 +270,7 @@ def equilibrium(
     batch: options.Batch = 128,
     beta: Annotated[float, typer.Option(help="Nudging strength.")] = 0.2,
     tol: Annotated[float, typer.Option(help="Residual at which phases stop.")] = 1e-2,
+    omega: Annotated[float, typer.Option(help="Over-relaxation of settling, 1 for none.")] = 1.0,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 20,
     samples: Annotated[int, typer.Option(help="Test samples for disturbed nets.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data order.")] = 0,
@@ -281,7 +282,7 @@ def equilibrium(
         choices.prepare(out, "cpu")
         data = choices.load(dataset, data_dir, None)
         config = equilibrium_benchmark.EquilibriumConfig(
-            net, updates, batch, beta, tol, rounds, samples, seed
+            net, updates, batch, beta, tol, omega, rounds, samples, seed
         )
     with choices.running():
         record = equilibrium_benchmark.run(config, data, choices.command_line(context))

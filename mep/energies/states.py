@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mep.blocks import Point
-from mep.couplings import Wiring
+from mep.couplings import Couplings, Wiring
 
 __all__ = ["States", "displaced"]
 
@@ -195,6 +195,7 @@ def displaced(free: States) -> States:
     What the free states have left to settle is dropped: they count as at rest.
     """
     net = free.net
+    assert isinstance(net, Couplings), "displacements are not displaced once more"
     units = [unit.around(free[i], free.current(i)) for i, unit in enumerate(net.units, 1)]
     interactions = [
         c.around(free.pushed(k)[1], free.activity(c.target)) for k, c in enumerate(net.interactions)

@@ -122,7 +122,7 @@ class Relaxing(Problem, Protocol):
     """A problem whose every state has a closed form, given the others."""
 
     def relax(self, at: Any, order: str, omega: float) -> Any:
-        """Lets the states go a share of their way to rest; changes and returns the configuration."""
+        """Lets the states go a share of their way to rest; changes and returns ``at``."""
         ...
 
 
