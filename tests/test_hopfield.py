@@ -858,3 +858,24 @@ def test_diagnose_leaves_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), before)
     complex_ = mep.diagnose(model, x, y, cost="mse", beta=0.1, stencil=mep.holomorphic(3))
     assert found.dtype == complex_.dtype == "float64"
+
+
+def test_a_share_of_the_samples_has_to_settle():
+    model = net_of("tanh", scale=1.0)
+    x, y = batch(64)
+    x = x * torch.logspace(-2, 1, 64).double().view(-1, 1, 1, 1)  # some settle later than others
+    steps = {}
+    for share in (0.25, 0.5, 0.9, 1.0):
+        solver = mep.FixedPoint(500, 1e-6, share=share)
+        found = settled_states(model.couplings(), x, solver)
+        reached = float(found.residual.sort().values[math.ceil(share * 64) - 1])
+        assert found.converged and found.history[-1] == reached <= 1e-6
+        assert found.history[-2] > 1e-6
+        steps[share] = found.steps
+    assert steps[0.25] < steps[0.5] < steps[1.0] and steps[0.9] <= steps[1.0]
+
+
+@pytest.mark.parametrize("options", [{"omega": 2.0}, {"omega": 0.0}, {"share": 0}, {"share": 1.1}])
+def test_options_of_rounds_are_checked(options):
+    with pytest.raises(ValueError, match="must be in"):
+        mep.FixedPoint(**options)

@@ -46,7 +46,7 @@ def _through_time(net: Couplings, x: Tensor, solver: FixedPoint) -> States:
         # Looked at with the graph on: the currents behind it are those of the next round.
         if solver.tol is None:
             continue
-        if float(problem.residual(at).per_sample.detach().median()) <= solver.tol:
+        if float(solver.measure(problem.residual(at)).detach()) <= solver.tol:
             break
     return at
 

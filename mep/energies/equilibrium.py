@@ -56,7 +56,7 @@ def settled_states(net: Couplings, x: Tensor, solver: Solver) -> Settled:
     found = settle(Relaxation(forward_start(net, x), None, None, 0.0, 1.0), solver)
     if not found.converged:
         warnings.warn(
-            f"the equilibrium was not reached: median residual {found.median:.2g} of the states "
+            f"the equilibrium was not reached: residual {found.history[-1]:.2g} of the states "
             f"after {found.steps} steps; allow more, or bound the weights "
             "(constraint=mep.SpectralNorm(0.9, ends=False))",
             stacklevel=3,

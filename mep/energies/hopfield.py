@@ -40,7 +40,7 @@ from mep.settling import (
 __all__ = ["Hopfield"]
 
 # Relative to the states, and a few roundings of float32.
-_CLOSELY = FixedPoint(max_steps=500, tol=1e-6)
+_CLOSELY = FixedPoint(max_steps=500, tol=1e-6, share=1.0)
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ class Hopfield(Energy):
             return None
         free.chain.advised = True  # once is enough, and takes as long as a step
         known = (
-            f"the net has not settled (median residual {nudged.median:.2g} after {nudged.steps} "
-            f"steps, free phase {free.settled.median:.2g})"
+            f"the net has not settled (residual {nudged.history[-1]:.2g} after {nudged.steps} "
+            f"steps, free phase {free.settled.history[-1]:.2g})"
         )
         if status == DIVERGED and free.settled.converged:
             return f"{known}: the nudge is too strong for it, lower `beta`"

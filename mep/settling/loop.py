@@ -144,12 +144,14 @@ class Solver(ABC):
 
     Attributes:
         max_steps: at most this many steps (or sweeps).
-        tol: median residual at which to stop, or None to take all steps.
+        tol: residual at which to stop, or None to take all steps.
+        share: of the samples, that must have come there: a half, unless a solver has a say.
         feedback: what carries errors down: ``"transpose"`` is the gradient of the energy.
     """
 
     max_steps: int
     tol: float | None
+    share: float = 0.5
     final_status: str | None = None
     feedback: str = TRANSPOSE
 
@@ -160,6 +162,13 @@ class Solver(ABC):
     @abstractmethod
     def step(self, problem: Problem, iterate: Iterate) -> Iterate:
         """Returns the next iterate."""
+
+    def measure(self, residual: Residual) -> Tensor:
+        """Returns the residual that ``share`` of the samples have reached: the median, usually."""
+        found = residual.per_sample
+        if self.share == 0.5:
+            return found.median()
+        return found.kthvalue(max(1, math.ceil(self.share * len(found)))).values
 
     def stalled(self, history: list[Any]) -> bool:
         """True if further steps are pointless. Only asked where ``tol`` is set."""
@@ -182,33 +191,33 @@ def settle(problem: Problem, solver: Solver) -> Settled:
     iterate = solver.start(problem)
     first = iterate.residual
     at_once = 1.0 if iterate.configuration is None else math.nan
-    history: list[Any] = [at_once if first is None else first.per_sample.median()]
+    history: list[Any] = [at_once if first is None else solver.measure(first)]
     steps = 0
     # A solver that has not looked yet takes a step even where most samples are not nudged.
     while steps < solver.max_steps and (iterate.residual is None or not _may_stop(solver, history)):
         iterate = solver.step(problem, iterate)
-        history.append(iterate.residual.per_sample.median())
+        history.append(solver.measure(iterate.residual))
         steps += 1
     status = solver.final_status or verdict(iterate.residual, history[-1], solver.tol)
-    medians = [float(m) for m in history]
-    return Settled(iterate.configuration, iterate.residual, steps, status, medians)
+    reached = [float(r) for r in history]
+    return Settled(iterate.configuration, iterate.residual, steps, status, reached)
 
 
 def _may_stop(solver: Solver, history: list[Any]) -> bool:
     if solver.tol is None:
         return False
-    history[-1] = median = float(history[-1])  # the one read per step
-    return median <= solver.tol or median != median or solver.stalled(history)
+    history[-1] = reached = float(history[-1])  # the one read per step
+    return reached <= solver.tol or reached != reached or solver.stalled(history)
 
 
-def verdict(residual: Residual, median: Tensor | float, tol: float | None) -> str:
+def verdict(residual: Residual, reached: Tensor | float, tol: float | None) -> str:
     """Returns ``"converged"``, ``"not settled"`` or ``"diverged"``.
 
     Args:
         residual: at the end.
-        median: of it.
+        reached: by the share of samples that counts.
         tol: what it is compared with; 1e-2 if None.
     """
-    if not math.isfinite(float(residual.per_sample.sum())) or median > DIVERGENCE:
+    if not math.isfinite(float(residual.per_sample.sum())) or reached > DIVERGENCE:
         return DIVERGED
-    return CONVERGED if median <= (DEFAULT_TOLERANCE if tol is None else tol) else NOT_SETTLED
+    return CONVERGED if reached <= (DEFAULT_TOLERANCE if tol is None else tol) else NOT_SETTLED

@@ -69,7 +69,8 @@ class Settled(Measured):
         balance: residuals at the end.
         steps: steps or sweeps taken.
         status: ``"converged"``, ``"not settled"``, ``"diverged"`` or ``"limit"``.
-        history: median residual before the first step and after every one.
+        history: what the solver measures of the residual, the median usually, before the first
+            step (NaN if it has not looked) and after every one.
     """
 
     configuration: Any

@@ -144,7 +144,9 @@ class FixedPoint(Solver):
 
     Args:
         max_steps: at most this many rounds, >= 1.
-        tol: median residual at which to stop, or None to take all rounds.
+        tol: residual at which to stop, or None to take all rounds.
+        share: of the samples that must have come there, in (0, 1]: 0.5 goes by the median, and lets
+            slow samples be late; those are few, but often the ones with most to learn from.
         order: ``"alternating"`` (every second layer, then the others), ``"synchronous"`` (all at
             once), ``"forward"`` or ``"backward"`` (layer by layer, from below or from above).
         omega: how much of its way to rest a unit goes, in (0, 2). With layers that alternate, and
@@ -155,7 +157,7 @@ class FixedPoint(Solver):
         ValueError: if an option is out of range.
 
     >>> FixedPoint(max_steps=20, tol=1e-3)
-    FixedPoint(max_steps=20, tol=0.001, order='alternating', omega=1.0)
+    FixedPoint(max_steps=20, tol=0.001, order='alternating', omega=1.0, share=0.5)
 
     Source: Scellier & Bengio 2017, sec. 2.3; asynchronous orders: Scellier et al. 2023, sec. 3;
     over-relaxation: Young 1954, sec. 4.
@@ -165,6 +167,7 @@ class FixedPoint(Solver):
     tol: float | None = 1e-2
     order: str = ALTERNATING
     omega: float = 1.0
+    share: float = 0.5
 
     def __post_init__(self) -> None:
         _check(
@@ -173,6 +176,7 @@ class FixedPoint(Solver):
             tol=_tolerance(self.tol),
             order=(self.order in ORDERS, f"one of {ORDERS}"),
             omega=(0 < self.omega < 2, "in (0, 2)"),
+            share=(0 < self.share <= 1, "in (0, 1]"),
         )
 
     def start(self, problem: Problem) -> Iterate:
