@@ -23,7 +23,13 @@ from mep.energies import (
     forward_start,
     settled_states,
 )
-from mep.models import EquilibriumNet, LoopedMLP, hopfield_cnn, hopfield_mlp
+from mep.models import (
+    EquilibriumNet,
+    LoopedMLP,
+    hopfield_cnn,
+    hopfield_mlp,
+    hopfield_resnet13,
+)
 
 # All samples settled to the last digit, not just half of them below a tolerance: a round takes off
 # a quarter at least, so that 0.75^150 < 1e-18 of the first residual is left.
@@ -67,6 +73,20 @@ NETS = {
     "looped": (lambda: LoopedMLP(32, 6, 3), "cross_entropy"),
     "conv, average": (
         lambda: conv(nn.AvgPool2d(2, 1), potential="conjugate"),
+        "mse",
+    ),
+    "residual": (
+        lambda: EquilibriumNet(
+            nn.Sequential(
+                nn.Conv2d(2, 3, 3, padding=1),
+                nn.Tanh(),
+                nn.Conv2d(3, 3, 3, padding=1),
+                nn.Tanh(),
+                nn.Flatten(),
+                nn.Linear(48, 3),
+            ),
+            skips={(1, 2): 0.4},
+        ),
         "mse",
     ),
     "conv, max": (lambda: conv(nn.MaxPool2d(2, 1), clip, readout=True), "cross_entropy"),
@@ -862,7 +882,7 @@ def test_diagnose_leaves_random_numbers_alone():
 
 def test_a_share_of_the_samples_has_to_settle():
     model = net_of("tanh", scale=1.0)
-    x, y = batch(64)
+    x, _ = batch(64)
     x = x * torch.logspace(-2, 1, 64).double().view(-1, 1, 1, 1)  # some settle later than others
     steps = {}
     for share in (0.25, 0.5, 0.9, 1.0):
@@ -879,3 +899,30 @@ def test_a_share_of_the_samples_has_to_settle():
 def test_options_of_rounds_are_checked(options):
     with pytest.raises(ValueError, match="must be in"):
         mep.FixedPoint(**options)
+
+
+def test_the_gradient_of_a_residual_net_of_13_layers_is_backprops():
+    torch.manual_seed(0)
+    model = hopfield_resnet13(2, 4, 3, width=2).double()
+    net, (x, y) = model.couplings(), batch()
+    assert len(net.units) == len(list(model.parameters())) // 2 == 13
+    skips = [(c.source, c.target, c.factor) for c in net.interactions if c.block.layer is None]
+    assert skips == [(1, 3, 0.4), (4, 6, 0.4), (7, 9, 0.4), (10, 12, 0.4)]
+    model.settler = mep.FixedPoint(300, None)
+    found, report = estimated(model, x, y, cost="mse", beta=1e-5, stencil=mep.centered,
+                              settler=mep.FixedPoint(300, None))  # fmt: skip
+    assert report.converged
+    assert distance(found, by_backprop(model, x, y, "mse", "through time")) < 1e-6
+
+
+@pytest.mark.parametrize("skips", [{(0, 1): 0.1}, {(2, 1): 0.1}, {(1, 3): 0.1}, {(1, 2): math.nan}])
+def test_skips_that_lead_nowhere_are_refused(skips):
+    with pytest.raises(ValueError, match="`skips` lead from a state to a later one, of 1 to 2"):
+        EquilibriumNet(nn.Sequential(nn.Linear(4, 2), clip(), nn.Linear(2, 2)), skips=skips)
+
+
+def test_a_skip_between_states_of_different_shapes_is_named():
+    model = EquilibriumNet(nn.Sequential(nn.Linear(4, 8), clip(), nn.Linear(8, 2)),
+                           skips={(1, 2): 0.3})  # fmt: skip
+    with pytest.raises(ValueError, match="skip from state 1 to 2 said"):
+        model(torch.zeros(1, 4))

@@ -68,6 +68,11 @@ def _hopfield_cnn(data: Dataset, channels: tuple[int, ...]) -> nn.Module:
     return mep.models.hopfield_cnn(colours, size=size, out_features=data.classes, channels=channels)
 
 
+def _hopfield_resnet13(data: Dataset, width: int) -> nn.Module:
+    _, colours, size, _ = data.x_train.shape
+    return mep.models.hopfield_resnet13(colours, size, data.classes, width=width)
+
+
 def _looped(data: Dataset, width: int) -> nn.Module:
     return mep.models.LoopedMLP(data.x_train[0].numel(), width, data.classes)
 
@@ -78,14 +83,15 @@ MODELS = {
     "deep-mlp": (_deep_mlp, {"depth": 10, "width": 128}),
     "hopfield-mlp": (_hopfield_mlp, {}),
     "hopfield-cnn": (_hopfield_cnn, {"channels": (32, 64)}),
+    "hopfield-resnet13": (_hopfield_resnet13, {"width": 16}),
     "looped": (_looped, {"width": 512}),
 }
 """Model -> what makes it for a data set, and its sizes; an mlp's come with the data set."""
 
-SYMMETRIC = ("hopfield-mlp", "hopfield-cnn", "looped")
+SYMMETRIC = ("hopfield-mlp", "hopfield-cnn", "hopfield-resnet13", "looped")
 """Models whose output is an equilibrium: they settle by fixed points, not by sweeps."""
 
-SQUARED = ("hopfield-mlp", "hopfield-cnn")
+SQUARED = ("hopfield-mlp", "hopfield-cnn", "hopfield-resnet13")
 """Models whose output is a state of the equilibrium, pulled by a squared error."""
 
 SETTLERS: Mapping[str, tuple[type[Any], Mapping[str, str]]] = {

@@ -1,6 +1,14 @@
 """Model -> Couplings: units with states, and symmetric interactions between their activities."""
 
-from mep.couplings.net import Coupled, Couplings, Interaction, Wiring, block_of, couplings_of
+from mep.couplings.net import (
+    Coupled,
+    Couplings,
+    Interaction,
+    Wiring,
+    block_of,
+    couplings_of,
+    identity,
+)
 from mep.couplings.units import CONJUGATE, SQUARE, Linear, Ramp, Unit, unit_of
 
 __all__ = [
@@ -15,5 +23,6 @@ __all__ = [
     "Wiring",
     "block_of",
     "couplings_of",
+    "identity",
     "unit_of",
 ]

@@ -15,7 +15,7 @@ from mep.blocks.operations import AvgPool2d, Dropout, MaxPool2d, Reshape, operat
 from mep.couplings.units import POTENTIALS, Linear, Relaxing, Unit, unit_of
 from mep.curvature import Signal
 
-__all__ = ["Coupled", "Couplings", "Interaction", "Wiring", "block_of", "couplings_of"]
+__all__ = ["Coupled", "Couplings", "Interaction", "Wiring", "block_of", "couplings_of", "identity"]
 
 
 # What may stand between an activity and a layer.
@@ -98,9 +98,10 @@ class Interaction:
             )
 
     def _signals(self, seen: Tensor, error: Tensor, scale: float, bias: bool) -> Iterator[Signal]:
-        assert self.block.layer is not None
+        layer = self.block.layer
+        unchanged = None if bias or layer is None else layer.bias
         for signal in self.block.signals(Point([seen], []), error, scale):
-            if bias or signal.parameter is not self.block.layer.bias:
+            if signal.parameter is not unchanged:
                 yield signal
 
 
@@ -112,13 +113,15 @@ class _Change(Interaction):
     above: Tensor | None = None
 
     def push(self, a: Tensor) -> tuple[Tensor, Point]:
-        assert self.point is not None and self.block.layer is not None
+        assert self.point is not None
         if not self.linear:
             return self.block.difference(self.point, a)
-        push, change = self.block.layer.push, self.change(self.point, a)
+        layer, change = self.block.layer, self.change(self.point, a)
+        if layer is None:
+            return change, self.point
         if not change.is_complex():
-            return push(change), self.point
-        parts = (push(part.contiguous()) for part in (change.real, change.imag))
+            return layer.push(change), self.point
+        parts = (layer.push(part.contiguous()) for part in (change.real, change.imag))
         return torch.complex(*parts), self.point
 
     def pull(self, point: Point, a: Tensor) -> Tensor:
@@ -250,6 +253,15 @@ def block_of(name: str, *modules: nn.Module) -> ClosedBlock:
     if layer is None or None in operations:
         raise TraceError(f"`{name}` has no closed form: {modules}")
     return ClosedBlock(name, [*modules], [op for op in operations if op is not None], layer)
+
+
+def identity(name: str) -> ClosedBlock:
+    """Returns the block of an interaction that carries activities as they are.
+
+    Args:
+        name: for messages.
+    """
+    return ClosedBlock(name, [], [], None)
 
 
 def couplings_of(chain: Chain, *, potential: str | None = None, readout: bool = False) -> Couplings:

@@ -35,7 +35,8 @@ def forward_start(net: Couplings, x: Tensor) -> States:
         try:
             at.put(i, unit.start(at.from_below(i)))
         except (RuntimeError, IndexError, ValueError) as error:
-            below = ", ".join(net.interactions[k].block.describe() for k in net.into[i - 1])
+            blocks = [net.interactions[k].block for k in net.into[i - 1]]
+            below = ", ".join(block.describe() or block.name for block in blocks)
             raise ValueError(
                 f"`x` of shape {tuple(x.shape)} and dtype {x.dtype} does not fit the model: "
                 f"{below} said: {error}"

@@ -1,6 +1,12 @@
 """Reference architectures: feedforward chains, and nets whose output is an equilibrium."""
 
-from mep.models.equilibrium import EquilibriumNet, LoopedMLP, hopfield_cnn, hopfield_mlp
+from mep.models.equilibrium import (
+    EquilibriumNet,
+    LoopedMLP,
+    hopfield_cnn,
+    hopfield_mlp,
+    hopfield_resnet13,
+)
 from mep.models.feedforward import Residual, cnn, deep_cnn, deep_mlp, mlp
 
 __all__ = [
@@ -12,5 +18,6 @@ __all__ = [
     "deep_mlp",
     "hopfield_cnn",
     "hopfield_mlp",
+    "hopfield_resnet13",
     "mlp",
 ]

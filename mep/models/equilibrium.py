@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -10,12 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from mep.blocks import trace
-from mep.couplings import CONJUGATE, Couplings, Interaction, block_of, couplings_of, unit_of
+from mep.couplings import (
+    CONJUGATE,
+    Couplings,
+    Interaction,
+    block_of,
+    couplings_of,
+    identity,
+    unit_of,
+)
 from mep.energies import differentiable_states, forward_start, settled_states
 from mep.models.feedforward import mlp
 from mep.settling import FixedPoint
 
-__all__ = ["EquilibriumNet", "LoopedMLP", "hopfield_cnn", "hopfield_mlp"]
+__all__ = ["EquilibriumNet", "LoopedMLP", "hopfield_cnn", "hopfield_mlp", "hopfield_resnet13"]
 
 Backward = Literal["recurrent", "through time"]
 
@@ -36,9 +45,11 @@ class EquilibriumNet(nn.Module):
             equilibrium, as cross-entropy likes it.
         settler: of ``forward``; residuals are there relative to the states.
         backward: ``"recurrent"`` or ``"through time"``.
+        skips: ``(source, target) -> strength`` of residual interactions ``-strength <rho(s_source),
+            rho(s_target)>`` between states of one shape, by number from 1.
 
     Raises:
-        TypeError, ValueError: if an option is unknown.
+        TypeError, ValueError: if an option is unknown, or a skip leads nowhere.
         mep.TraceError: if ``net`` cannot be read so.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Hardtanh(0, 1), nn.Linear(8, 2))
@@ -56,6 +67,7 @@ class EquilibriumNet(nn.Module):
         readout: bool = False,
         settler: FixedPoint | None = None,
         backward: Backward = "recurrent",
+        skips: Mapping[tuple[int, int], float] | None = None,
     ) -> None:
         super().__init__()
         if backward not in ("recurrent", "through time"):
@@ -67,11 +79,25 @@ class EquilibriumNet(nn.Module):
         self.readout = readout
         self.settler = settler or FixedPoint(max_steps=100, tol=1e-4)
         self.backward = backward
-        self.couplings()  # refuse an unreadable net at once
+        self.skips = dict(skips or {})
+        states = len(self.couplings().units)  # refuses an unreadable net at once
+        for (source, target), strength in self.skips.items():
+            if not 1 <= source < target <= states or not math.isfinite(strength):
+                raise ValueError(
+                    f"`skips` lead from a state to a later one, of 1 to {states}, and have a "
+                    f"finite strength, got {(source, target)}: {strength}"
+                )
 
     def couplings(self) -> Couplings:
         """Returns states and interactions, sharing the parameters."""
-        return couplings_of(trace(self.net), potential=self.potential, readout=self.readout)
+        found = couplings_of(trace(self.net), potential=self.potential, readout=self.readout)
+        if not self.skips:
+            return found
+        skips = [
+            Interaction(source, target, identity(f"skip from state {source} to {target}"), strength)
+            for (source, target), strength in self.skips.items()
+        ]
+        return Couplings(found.units, [*found.interactions, *skips], found.readout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Settles; returns the output, ``(B, *out)``."""
@@ -224,3 +250,60 @@ def hopfield_cnn(
         size //= 2
     layers += [nn.Flatten(), nn.Linear(channels[-1] * size * size, out_features)]
     return EquilibriumNet(nn.Sequential(*layers), potential=potential, readout=readout)
+
+
+def hopfield_resnet13(
+    in_channels: int = 3,
+    size: int = 32,
+    out_features: int = 10,
+    *,
+    width: int = 64,
+    skip: float = 0.4,
+    gain: float = 0.6,
+    potential: str | None = None,
+    readout: bool = False,
+) -> EquilibriumNet:
+    """Returns a Hopfield net of 13 weighted layers with residual interactions.
+
+    Four stages of three 3x3 convolutions, each stage with twice the channels of the one before at
+    half the size; its first state also reaches its last one directly. Then the mean over the image
+    and one output layer.
+
+    Args:
+        in_channels: channels of the image.
+        size: height and width.
+        out_features: number of outputs.
+        width: channels of the first stage.
+        skip: strength of the residual interactions. Together with the weights it must stay small
+            enough for the net to settle; 1 would couple two units without any damping.
+        gain: factor on torch's initial convolution weights, with the same intention.
+        potential: the units' own energy, see ``EquilibriumNet``.
+        readout: see ``EquilibriumNet``.
+
+    Raises:
+        ValueError: if a size is not positive, or a number not finite.
+
+    >>> net = hopfield_resnet13(1, 8, 10, width=4)
+    >>> len(net.couplings().units), net(torch.zeros(2, 1, 8, 8)).shape
+    (13, torch.Size([2, 10]))
+
+    Source: Elayedam & Srinivasan 2025 (a residual Hopfield net of 13 layers); the stages are those
+    of He et al. 2016.
+    """
+    if min(in_channels, size, out_features, width) < 1 or not math.isfinite(gain):
+        raise ValueError(
+            "sizes must be >= 1 and `gain` finite, got "
+            f"{[in_channels, size, out_features, width]} and {gain}"
+        )
+    layers: list[nn.Module] = []
+    channels = [in_channels, *(width << stage for stage in range(4))]
+    for stage, (below, above) in enumerate(pairwise(channels)):
+        size = (size + 1) // 2 if stage else size
+        for n_in, stride in ((below, 2 if stage else 1), (above, 1), (above, 1)):
+            layers += [nn.Conv2d(n_in, above, 3, stride, 1), nn.Hardtanh(0, 1)]
+    with torch.no_grad():
+        for layer in layers[::2]:
+            layer.get_parameter("weight").mul_(gain)
+    layers += [nn.AvgPool2d(size), nn.Flatten(), nn.Linear(channels[-1], out_features)]
+    skips = {(3 * stage + 1, 3 * stage + 3): skip for stage in range(4)}
+    return EquilibriumNet(nn.Sequential(*layers), potential=potential, readout=readout, skips=skips)
