@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 import mep
-from mep.bench.plot import canvas, styled
+from mep.bench.plot import canvas, styled, whole_numbers
 from mep.bench.record import Record
 from mep.bench.robustness import robustness
 from mep.bench.table import Table, number
@@ -341,6 +341,7 @@ def plot(record: Record) -> Figure:
         axes[0].plot(range(1, 1 + len(history)), history, marker="o", label=phase["phase"])
     axes[0].axhline(record.config["tol"], color="#888888", linestyle=":", linewidth=1)
     axes[0].set(yscale="log", xlabel="rounds of relaxation", ylabel="median residual")
+    whole_numbers(axes[0])
     axes[0].legend(loc="best", fontsize=8)
     for ax, kind in zip(axes[1:], kinds, strict=True):
         rows = [row for row in summary["robustness"] if row["kind"] == kind]
