@@ -51,7 +51,7 @@ class Kernels:
             cancellation, ``y_new <- phi(s + d)``.
         pull: ``(y, p, e, B, n)``: ``e <- phi'(s) p``; returns ``||e||^2``.
         nudge: ``(s, y, d, beta, p, e, change, y_new, norm, B, n)``: ``d <- d + beta e``, the same
-            as ``move``, and per sample ``norm <- ||phi'(s + d) p - e||``.
+            as ``move``, and per sample ``norm <- ||phi'(s + d) p - e||``; ``y_new`` may be ``y``.
     """
 
     kind: int
@@ -204,24 +204,27 @@ def activate(kind, s_, bias_, y_, batch, n):
                 y[b, j] = _value(kind, s[b, j])
 
 
+@njit(inline="always")
+def _changes(kind, s, y, d, change, b, n):
+    """One sample's change of activity."""
+    crossings = _f32(0)  # a count: a minimum would not be vectorised
+    for j in range(n):
+        crossings += _f32(1) if y[b, j] * d[b, j] < _CROSSING else _f32(0)
+        change[b, j] = _change(kind, s[b, j], y[b, j], d[b, j])
+    if crossings > 0:  # hardly ever: the whole row again, with care
+        for j in range(n):
+            change[b, j] = _crossing(kind, s[b, j], y[b, j], d[b, j])
+
+
 @_kernel
 def _move(kind, s_, y_, d_, change_, y_new_, batch, n):
     s, y = numba.carray(floats(s_), (batch, n)), numba.carray(floats(y_), (batch, n))
-    d, change = (
-        numba.carray(floats(d_), (batch, n)),
-        numba.carray(floats(change_), (batch, n)),
-    )
+    d, change = numba.carray(floats(d_), (batch, n)), numba.carray(floats(change_), (batch, n))
     y_new = numba.carray(floats(y_new_), (batch, n))
     for b in range(batch):
-        crossings = _f32(0)
+        _changes(kind, s, y, d, change, b, n)
         for j in range(n):
-            crossings += _f32(1) if y[b, j] * d[b, j] < _CROSSING else _f32(0)
-            change[b, j] = _change(kind, s[b, j], y[b, j], d[b, j])
             y_new[b, j] = y[b, j] + change[b, j]
-        if crossings > 0:
-            for j in range(n):
-                change[b, j] = _crossing(kind, s[b, j], y[b, j], d[b, j])
-                y_new[b, j] = y[b, j] + change[b, j]
 
 
 @_kernel
@@ -240,38 +243,34 @@ def pull(kind, y_, p_, e_, batch, n):
     return total
 
 
+@njit(inline="always")
+def _nudged(kind, s, y, d, share, p, e, change, y_new, norm, batch, n):
+    for b in range(batch):
+        if share != 0:
+            for j in range(n):
+                d[b, j] += share * e[b, j]
+        _changes(kind, s, y, d, change, b, n)
+        row = _f32(0)
+        for j in range(n):
+            value_new = y[b, j] + change[b, j]
+            y_new[b, j] = value_new
+            force = _slope(kind, value_new) * p[b, j] - e[b, j]
+            row += force * force
+        norm[b] = math.sqrt(row)
+
+
 @_kernel
 def nudge(kind, s_, y_, d_, beta, p_, e_, change_, y_new_, norm_, batch, n):
     """``Kernels.nudge`` of an activation by its number."""
     s, y = numba.carray(floats(s_), (batch, n)), numba.carray(floats(y_), (batch, n))
     d, p = numba.carray(floats(d_), (batch, n)), numba.carray(floats(p_), (batch, n))
     e, norm = numba.carray(floats(e_), (batch, n)), numba.carray(floats(norm_), (batch,))
-    change = numba.carray(floats(change_), (batch, n))
-    y_new = numba.carray(floats(y_new_), (batch, n))
-    share = _f32(beta)
-    for b in range(batch):
-        row, crossings = _f32(0), _f32(0)  # a count: a minimum would not be vectorised
-        if share != 0:
-            for j in range(n):
-                d[b, j] += share * e[b, j]
-        for j in range(n):
-            crossings += _f32(1) if y[b, j] * d[b, j] < _CROSSING else _f32(0)
-            moved = _change(kind, s[b, j], y[b, j], d[b, j])
-            value_new = y[b, j] + moved
-            change[b, j] = moved
-            y_new[b, j] = value_new
-            force = _slope(kind, value_new) * p[b, j] - e[b, j]
-            row += force * force
-        if crossings > 0:  # hardly ever: the whole row again, with care
-            row = _f32(0)
-            for j in range(n):
-                moved = _crossing(kind, s[b, j], y[b, j], d[b, j])
-                value_new = y[b, j] + moved
-                change[b, j] = moved
-                y_new[b, j] = value_new
-                force = _slope(kind, value_new) * p[b, j] - e[b, j]
-                row += force * force
-        norm[b] = math.sqrt(row)
+    change, share = numba.carray(floats(change_), (batch, n)), _f32(beta)
+    if y_new_ == y_:  # one array by two names would not be vectorised
+        _nudged(kind, s, y, d, share, p, e, change, y, norm, batch, n)
+    else:
+        y_new = numba.carray(floats(y_new_), (batch, n))
+        _nudged(kind, s, y, d, share, p, e, change, y_new, norm, batch, n)
 
 
 @_kernel
