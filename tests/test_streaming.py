@@ -11,7 +11,7 @@ from test_blockwise import CASES, ONE, RULES
 from torch import nn
 
 import mep
-from mep.contrast import streaming
+from mep.contrast import BlockSegments, streaming
 from mep.memory import Plan, track
 from mep.optim.budget import Budget
 
@@ -443,7 +443,8 @@ def test_walk_is_a_reference_free_of_levels():
     """One span over all of the chain is the plain walk."""
     model = network()
     chain = mep.trace(model)
-    walk = streaming._Walk(chain, (100,), None, None)
+    segments = BlockSegments(chain, lambda _: None, lambda _: None)
+    walk = streaming._Walk(segments, (100,), None)
     x, _ = batch_of()
     output, marks = walk.free(x)
     torch.testing.assert_close(output, model(x))

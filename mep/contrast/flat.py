@@ -1,36 +1,31 @@
-"""One step of a multilayer perceptron, captured: the fast path of ``contrast``.
+"""Steps of a multilayer perceptron, captured: the fast paths of ``contrast``.
 
 Between two products of a small net there is time for little, and nothing here comes back to Python
-between two layers. The reference is ``contrast``, which takes every other chain, and this one
-whenever one sweep has not been the end of it.
+between two layers. The references are ``contrast``, which takes every other chain, and this one
+whenever one sweep has not been the end of it, and, within a memory budget, ``BlockSegments``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import (
-    Block,
-    Chain,
-    ClosedBlock,
-    DenseBlock,
-    Linear,
-    Reshape,
-    SkipBlock,
-    sample_norm,
-)
+from mep.blocks import sample_norm
 from mep.contrast.estimate import Estimate
+from mep.contrast.layers import Layers
+from mep.contrast.segments import Mark, Segments, Span
 from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
 from mep.contrast.strength import strength_of
 from mep.energies import CrossEntropy, PredictionError, Squared, SquaredError, usable_gain
-from mep.kernels import capture, kernels_of
-from mep.memory import phase, show_use
+from mep.kernels import capture, capture_segments, is_like, kernels_of
+from mep.memory import Footprint, phase, show_use
 from mep.settling import (
     CONVERGED,
     LIMIT,
@@ -44,8 +39,11 @@ from mep.settling import (
 
 if TYPE_CHECKING:
     from mep.kernels.captured import Captured
+    from mep.kernels.segments import CapturedSegments, Segment
 
-__all__ = ["Flat", "Swept"]
+__all__ = ["Flat", "FlatSegments", "Lesson", "Swept"]
+
+_MOST_WIDTHS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +60,21 @@ class Swept:
 
 
 class Flat:
-    """A chain of linear layers with activations between them, and skips around some.
+    """Steps of a perceptron.
 
     Args:
-        chain: the chain, one that ``fits``.
-        how: the strategy.
+        layers: the net's.
+        how: the strategy, one that ``fits``.
     """
 
-    def __init__(self, chain: Chain, how: Settings) -> None:
-        first, others = chain.blocks[0], chain.blocks[1:]
-        assert isinstance(first, ClosedBlock) and first.layer is not None
-        self.chain, self.how = chain, how
-        self._first, self._flattens = first.layer, bool(first.operations)
-        self._others = [block for block in map(_dense, others) if block is not None]
-        self._skips = [False, *(isinstance(block, SkipBlock) for block in others)]
-        self._activations = [block.activation.name for block in self._others]
+    def __init__(self, layers: Layers, how: Settings) -> None:
+        self.layers, self.how = layers, how
         self._known: list[Any] = []
         self._captured: Captured | None = None
 
     @staticmethod
-    def fits(chain: Any, how: Settings) -> bool:
-        """Returns whether a chain is plain enough, and no more is asked than one nudged sweep."""
+    def fits(how: Settings) -> bool:
+        """Returns whether no more is asked than one nudged sweep."""
         settler, cost = how.settler, how.cost
         once = type(settler) is Limit or (
             type(settler) is Sweep
@@ -95,16 +87,11 @@ class Flat:
             and type(how.energy) is PredictionError
             and type(how.energy.output) is Squared
             and (type(cost) is SquaredError or (type(cost) is CrossEntropy and not cost.classes))
-            and isinstance(chain, Chain)
-            and _is_first(chain.blocks[0])
-            and len(chain.blocks) > 1
-            and all(_dense(block) is not None for block in chain.blocks[1:])
         )
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter | None]]:
-        """Returns weights and biases as they are now, in the order of the blocks."""
-        first, blocks = self._first, self._others
-        return [first.weight, *(b.weight for b in blocks)], [first.bias, *(b.bias for b in blocks)]
+        """Returns weights and biases as they are now."""
+        return self.layers.parameters()
 
     def sweep(self, x: Tensor, target: Tensor) -> Swept | None:
         """Takes free phase, backward sweep and nudged sweep; nothing here makes a graph.
@@ -123,7 +110,7 @@ class Flat:
         """
         if not isinstance(x, Tensor) or x.dim() < 2 or not x.numel():
             return None
-        if x.dim() > 2 and not self._flattens:
+        if x.dim() > 2 and not self.layers.flattens:
             return None
         with phase("mep: settle"):
             a = x.flatten(1).contiguous().resolve_neg()
@@ -135,7 +122,7 @@ class Flat:
 
     def _capture_for(self, a: Tensor) -> Captured | None:
         """Returns the tensors of a step; the last ones, where nothing has become another."""
-        if kernels_of(self._activations[0], a) is None:
+        if kernels_of(self.layers.activations[0], a) is None:
             return None
         weights, biases = self.parameters()
         known: list[Any] = [a.shape]
@@ -144,7 +131,9 @@ class Flat:
         if known != self._known:
             squared = type(self.how.cost) is SquaredError
             self._captured = None  # before there are others
-            self._captured = capture(self._activations, weights, biases, self._skips, a, squared)
+            self._captured = capture(
+                self.layers.activations, weights, biases, self.layers.skips, a, squared
+            )
             self._known = known
         return self._captured
 
@@ -154,7 +143,7 @@ class Flat:
         mean, size = fallen.loss.mean(), fallen.top + fallen.below
         if not math.isfinite(float(mean) + size + fallen.entering):
             return None
-        gain = usable_gain(size / fallen.top if fallen.top else math.nan, len(self.chain.blocks))
+        gain = usable_gain(size / fallen.top if fallen.top else math.nan, len(self.layers))
         beta = strength_of(self.how.beta, lambda: gain)
         if isinstance(self.how.settler, Limit):
             nudge = sample_norm(captured.gradient)
@@ -171,18 +160,117 @@ class Flat:
         return Swept(found, captured) if most <= torch.finfo(a.dtype).max else None
 
 
-def _dense(block: Block) -> DenseBlock | None:
-    """Returns an activation and its linear layer, also those that a skip leads around."""
-    inner = block.branch[0] if isinstance(block, SkipBlock) and len(block.branch) == 1 else block
-    return inner if isinstance(inner, DenseBlock) else None
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a segment can learn.
+
+    Attributes:
+        span: its layers.
+        most: bound on the norm of every gradient.
+        take: takes the step: addresses of the weights' and biases' momenta, and the numbers of the
+            rule, as ``CapturedSegments.learn`` does.
+    """
+
+    span: Span
+    most: float
+    take: Callable[[Sequence[int], Sequence[int], Tensor], None]
 
 
-def _is_first(block: Any) -> bool:
-    """Returns whether a block is a linear layer, of the input as it is or flattened."""
-    if type(block) is not ClosedBlock or type(block.layer) is not Linear:
-        return False
-    return all(isinstance(op, Reshape) and _flattens(op.module) for op in block.operations)
+class FlatSegments(Segments):
+    """The passes over a perceptron's segments, compiled.
+
+    Args:
+        layers: the net's.
+        captured: the passes.
+        kinds: numbers of the activations, one below every layer but the first.
+        teach: called with every segment's lesson, from input to output, which it may take or not.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        captured: CapturedSegments,
+        kinds: list[int],
+        teach: Callable[[Lesson], None],
+    ) -> None:
+        self._layers, self._captured, self._kinds = layers, captured, kinds
+        self._teach = teach
+
+    @classmethod
+    def of(cls, layers: Layers, x: Tensor, teach: Callable[[Lesson], None]) -> FlatSegments | None:
+        """Returns the passes for a batch; None where there are no kernels for them.
+
+        Args:
+            layers: the net's, whose parameters are looked at.
+            x: input, ``(B, *in)``, checked.
+            teach: as for the class.
+        """
+        if x.dim() < 2 or not x.numel() or (x.dim() > 2 and not layers.flattens):
+            return None
+        a, (weights, biases) = _entering(x), layers.parameters()
+        # Layers of one width share what nobody keeps.
+        few = len({len(weight) for weight in weights}) <= _MOST_WIDTHS
+        fits = (
+            few
+            and a.shape[1] == weights[0].shape[1]
+            and all(is_like(p, a) for p in (*weights, *biases) if p is not None)
+        )
+        found = capture_segments(layers.activations, a) if fits else None
+        return found and cls(layers, *found, teach)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def forward(self, span: Span, s: Tensor, x: Tensor | None) -> Tensor:
+        return self._captured.ascend(self._segment(span), _entering(s) if span[0] == 0 else s)
+
+    def descend(self, span: Span, mark: Mark, e: Tensor, *, measure: bool) -> tuple[Tensor, float]:
+        return self._captured.descend(self._segment(span), self._foot(span, mark), e)
+
+    def climb(self, span: Span, mark: Mark, e: Tensor, beta: float, scale: float) -> None:
+        segment = self._segment(span)
+        if self.moved is None:
+            self.squares = torch.zeros(len(e), dtype=torch.float64)
+        climbed = self._captured.climb(
+            segment, self._foot(span, mark), e, self.moved, self.squares, beta
+        )
+        self.moved = climbed.moved
+        with phase("mep: contrast"):
+            self._teach(Lesson(span, climbed.most, partial(self._captured.learn, segment, climbed)))
+
+    def footprints(self, x: Tensor) -> list[Footprint]:
+        """Returns what the layers take in memory for a batch.
+
+        Args:
+            x: input, ``(B, *in)``.
+        """
+        known: dict[Any, Footprint] = {}
+        found, below, weights = [], 0, self._layers.parameters()[0]
+        unit, rooms = 4 * len(x), sum({len(weight) for weight in weights})
+        for weight, skip in zip(weights, self._layers.skips, strict=True):
+            own, key = len(weight), (len(weight), below, skip)
+            if key not in known:
+                # Activity, product, and what comes through a skip; room for what passes by; the
+                # foot's displacement; state and displacement of the top.
+                known[key] = Footprint(
+                    unit * own, unit * below + self._captured.by_layer, unit * below * (1 + skip),
+                    unit * (2 * max(own, below) + 1), pull=2 * unit * rooms,
+                    ends=(unit * below, 2 * unit * own),
+                )  # fmt: skip
+            found.append(known[key])
+            below = own
+        return found
+
+    def _segment(self, span: Span) -> Segment:
+        start, stop = span
+        weights, biases = self._layers.parameters(start, stop)
+        kinds, skips = self._kinds[max(start - 1, 0) : stop - 1], self._layers.skips[start:stop]
+        return self._captured.segment(kinds, weights, biases, skips, foot=start > 0)
+
+    def _foot(self, span: Span, mark: Mark) -> Tensor:
+        return _entering(mark.state) if span[0] == 0 else mark.state
 
 
-def _flattens(module: Any) -> bool:
-    return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+def _entering(x: Tensor) -> Tensor:
+    """Returns the input as the first layer takes it, ``(B, in)``."""
+    return x.flatten(1).contiguous().resolve_neg()

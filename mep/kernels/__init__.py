@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from mep.kernels.captured import Captured
     from mep.kernels.cpu import Kernels
     from mep.kernels.loops import Loops
+    from mep.kernels.segments import CapturedSegments
 
 __all__ = [
     "available",
     "capture",
+    "capture_segments",
     "cross_entropy",
     "eager",
+    "is_like",
     "kernels_of",
     "loops_of",
     "rows",
@@ -88,7 +91,7 @@ def loops_of(activation: str, weights: Sequence[Tensor]) -> Loops | None:
         weights: of one dtype, ``(n, n)`` each, the last one ``(last, n)``.
     """
     fused, found = kernels_of(activation, weights[0]), native()
-    if fused is None or found is None or not all(_is_like(w, weights[0]) for w in weights):
+    if fused is None or found is None or not all(is_like(w, weights[0]) for w in weights):
         return None
     from mep.kernels.loops import Loops
 
@@ -116,10 +119,10 @@ def capture(
     kinds = [kernels_of(name, x) for name in activations]
     found, n = native(), x.shape[1]
     for weight, bias, skip in zip(weights, biases, skips, strict=True):
-        fits = weight.dim() == 2 and weight.shape[1] == n and _is_like(weight, x)
+        fits = weight.dim() == 2 and weight.shape[1] == n and is_like(weight, x)
         fits = fits and (len(weight) == n or not skip)
         n = len(weight)
-        if not fits or not (bias is None or (bias.shape == (n,) and _is_like(bias, x))):
+        if not fits or not (bias is None or (bias.shape == (n,) and is_like(bias, x))):
             return None
     if None in kinds or found is None or not (squared or n <= _MOST_CLASSES):
         return None
@@ -129,7 +132,28 @@ def capture(
     return Captured(found, numbers, weights, biases, skips, len(x), squared)
 
 
-def _is_like(tensor: Tensor, x: Tensor) -> bool:
+def capture_segments(
+    activations: Sequence[str], x: Tensor
+) -> tuple[CapturedSegments, list[int]] | None:
+    """Returns the passes over segments of a perceptron, or None where there are no kernels for it.
+
+    Args:
+        activations: by name, those between layers.
+        x: an input, ``(B, in)``; all parameters are like it.
+
+    Returns:
+        The passes, and the activations' numbers.
+    """
+    kinds, found = {name: kernels_of(name, x) for name in {*activations}}, native()
+    numbers = {name: kind.kind for name, kind in kinds.items() if kind is not None}
+    if len(numbers) < len(kinds) or found is None:
+        return None
+    from mep.kernels.segments import CapturedSegments
+
+    return CapturedSegments(found, len(x)), [numbers[name] for name in activations]
+
+
+def is_like(tensor: Tensor, x: Tensor) -> bool:
     """Returns whether a tensor's memory is what it says, and there is some."""
     plain = tensor.is_contiguous() and not tensor.is_neg() and tensor.numel() > 0
     return plain and tensor.dtype == x.dtype and tensor.device == x.device

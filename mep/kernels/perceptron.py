@@ -137,7 +137,7 @@ def _up(head, tables, lo, rows):
 
 @njit(inline="always")
 def _down(head, tables, lo, rows):
-    """``e_{k-1} <- phi' W_k^T e_k`` from the top; returns squares of its error and of the others."""
+    """``e_{k-1} <- phi' W_k^T e_k``; returns squares of the top's error, and of the others."""
     width, kind, weight, _, _, _, skip, _, y, p, e, through = tables
     sgemm, top, total = head[_SGEMM], head[_DEPTH] - 1, 0.0
     first = float(_square(e[top] + 4 * lo * width[top], rows * width[top]))

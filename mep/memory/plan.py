@@ -44,6 +44,8 @@ class Footprint:
         norms: what is noted of its residual where nothing is computed again.
         update: its update, at the most.
         pull: the most that comes and goes on the way down alone.
+        ends: where blocks of a segment are worked on as one, so that all of it is kept until the
+            last has been passed: what this one takes besides, as the first and as the last.
     """
 
     state: int
@@ -53,6 +55,7 @@ class Footprint:
     norms: int = 0
     update: Update = _NONE
     pull: int = 0
+    ends: tuple[int, int] | None = None
 
     @property
     def moving(self) -> int:
@@ -122,6 +125,7 @@ def plan(
     *,
     base: int,
     share: float = 1.0,
+    least: int = 0,
 ) -> Plan:
     """Finds the plan with the fewest passes that keeps to a budget, and of these the smallest.
 
@@ -130,6 +134,7 @@ def plan(
         budget: bytes, > 0.
         base: bytes taken all the time (the batch, the output).
         share: of a state's bytes that its checkpoint takes (0.5 for half the digits).
+        least: number of levels; 0 may keep all of the chain at hand.
 
     Returns:
         The plan.
@@ -145,19 +150,19 @@ def plan(
     2016.
     """
     costs = _Costs(footprints, base, share)
-    least = None
-    for levels in range(int(math.log2(max(2, len(footprints)))) + 1):
+    lowest = None
+    for levels in range(least, least + int(math.log2(max(2, len(footprints)))) + 1):
         found = [(costs.peak(lengths), lengths) for lengths in _candidates(costs, levels)]
         if not found:
             continue
         peak, lengths = min(found)
         if peak <= budget:
             return Plan(budget, len(footprints), lengths, peak)
-        least = peak if least is None else min(least, peak)
-    assert least is not None, "a chain has blocks, and no level at all is always a candidate"
+        lowest = peak if lowest is None else min(lowest, peak)
+    assert lowest is not None, "a chain has blocks, and no level at all is always a candidate"
     raise ValueError(
         f"`memory_budget={show(budget)}` is not enough for this model and batch: the least that "
-        f"works is {show(least, up=True)}"
+        f"works is {show(lowest, up=True)}"
     )
 
 
@@ -270,9 +275,15 @@ class _Costs:
             waiting = self.waiting[i] - self.waiting[start]
             if i > start and self.footprints[i - 1].update.signals:
                 waiting -= self.footprints[i - 1].state  # the error below, which is open anyway
-            opened = self.open[stop] - self.open[i]
-            most = max(most, opened + waiting + self.footprints[i].moving)
+            opened, ends = self.open[stop] - self.open[i], 0
+            if self.footprints[i].ends is not None:
+                opened, ends = self.open[stop] - self.open[start], self._ends(start, stop - 1)
+            most = max(most, opened + ends + waiting + self.footprints[i].moving)
         return most
+
+    def _ends(self, first: int, last: int) -> int:
+        (foot, _), (_, top) = (self.footprints[i].ends or (0, 0) for i in (first, last))
+        return foot + top
 
     def _foot(self, start: int) -> int:
         return self._checkpoint(start - 1) if start else 0  # the input is the batch's own

@@ -32,6 +32,8 @@ class BlockUpdates:
         twins: as for ``Updating.apply``.
 
     Attributes:
+        updating, groups, state: as given.
+        home: the group of every parameter, by its id.
         finite: of every update, whether all gradients were; if not, nothing was changed.
     """
 
@@ -45,10 +47,10 @@ class BlockUpdates:
         twins: Mapping[int, Tensor],
     ) -> None:
         self.finite: list[bool] = []
-        self._updating, self._groups, self._roles = updating, groups, roles
-        self._state, self._factored, self._twins = state, factored, twins
+        self.updating, self.groups, self.state = updating, groups, state
+        self._roles, self._factored, self._twins = roles, factored, twins
         self._batches = any(rule.batches for rule in updating.rule.parts())
-        self._home = {id(p): k for k, g in enumerate(groups) for p in g["params"]}
+        self.home = {id(p): k for k, g in enumerate(groups) for p in g["params"]}
         self._gradients, self._parameters = Gradients(factored), dict[int, Tensor]()
 
     @property
@@ -59,7 +61,7 @@ class BlockUpdates:
     def collect(self, signals: list[Signal]) -> None:
         """Takes the signals of one block."""
         for signal in signals:
-            if id(signal.parameter) in self._home:
+            if id(signal.parameter) in self.home:
                 self._gradients.collect(signal)
                 self._parameters[id(signal.parameter)] = signal.parameter
 
@@ -76,16 +78,16 @@ class BlockUpdates:
         if self.finite[-1]:
             shares: dict[int, list[Tensor]] = defaultdict(list)
             for key, p in self._parameters.items():
-                shares[self._home[key]].append(p)
-            groups = [{**self._groups[k], "params": own} for k, own in shares.items()]
+                shares[self.home[key]].append(p)
+            groups = [{**self.groups[k], "params": own} for k, own in shares.items()]
             with phase("mep: update"):
-                self._updating.apply(self._gradients, groups, self._roles, self._state, self._twins)
+                self.updating.apply(self._gradients, groups, self._roles, self.state, self._twins)
         self._gradients.release()
         self._parameters.clear()
 
     def measure(self, tracker: track, block: Block, signals: Callable[[], list[Signal]]) -> Update:
         """Returns what one block's update takes; made on copies, and forgotten."""
-        own = [p for p in dict.fromkeys(block.parameters()) if id(p) in self._home]
+        own = [p for p in dict.fromkeys(block.parameters()) if id(p) in self.home]
         # Of rules that treat several blocks as one batch, the measure has two.
         twice = [{id(p): p.detach().clone() for p in own} for _ in range(1 + self._batches)]
         trial, states = self._trial(own, twice)
@@ -116,7 +118,7 @@ class BlockUpdates:
 
     def everything(self) -> list[Tensor]:
         """Returns all parameters and twins."""
-        return [*(p for group in self._groups for p in group["params"]), *self._twins.values()]
+        return [*(p for group in self.groups for p in group["params"]), *self._twins.values()]
 
     def _trial(
         self, own: list[Any], twice: list[dict[int, Any]]
@@ -125,11 +127,11 @@ class BlockUpdates:
         pairs = [(p, copies[id(p)]) for copies in twice for p in own]
         shares: dict[int, list[Tensor]] = defaultdict(list)
         for p, copy in pairs:
-            shares[self._home[id(p)]].append(copy)
+            shares[self.home[id(p)]].append(copy)
         states: dict[Tensor, dict[str, Any]] = {copy: {} for _, copy in pairs}
         trial = BlockUpdates(
-            self._updating,
-            [{**self._groups[k], "params": copies} for k, copies in shares.items()],
+            self.updating,
+            [{**self.groups[k], "params": copies} for k, copies in shares.items()],
             {id(copy): self._roles[id(p)] for p, copy in pairs},
             states,
             {id(copy) for p, copy in pairs if id(p) in self._factored},

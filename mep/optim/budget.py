@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,17 +12,23 @@ from torch import Tensor, nn
 
 from mep.blocks import Chain
 from mep.contrast import (
+    BlockSegments,
     Estimate,
+    FlatSegments,
+    Layers,
+    Segments,
     Settings,
     chain_of,
     check_input,
     contrast_streamed,
     footprints,
     free_phase,
+    layers_of,
     standing,
 )
 from mep.memory import Plan, parse, plan
 from mep.optim.blockwise import BlockUpdates, by_block
+from mep.optim.lessons import Lessons, plain_rule
 from mep.settling import Sweep
 
 __all__ = ["Budget", "budget_of"]
@@ -50,9 +57,12 @@ class Budget:
         self.state_dtype = state_dtype
         self.plan: Plan | None = None
         self._planned_for: tuple | None = None
+        self._compiled = False  # whether the plan is one of compiled passes
+        self._layers: tuple[weakref.ref[Chain], Layers | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "plan": None, "_planned_for": None}  # a copy's chain is its own
+        # A copy's chain is its own.
+        return {**vars(self), "plan": None, "_planned_for": None, "_layers": None}
 
     def contrast(
         self,
@@ -71,23 +81,49 @@ class Budget:
         """
         chain = chain_of(model, how.gradient_method)
         check_input(chain, x)
-        self.plan = self._plan(chain, x, target, updates)
+        flat = None if feedback else self._flat(chain, x, updates)
+        self.plan = self._plan(chain, x, target, updates, flat)
         if not self.plan.levels:
             return by_block(free_phase(model, x, target, how, feedback), how, updates, within=True)
+        segments: Segments = BlockSegments(chain, updates.collect, updates.make, feedback)
+        if flat is not None and self._compiled:
+            segments = flat
         return contrast_streamed(
-            chain, x, target, how, self.plan, updates.collect, updates.make,
-            state_dtype=self.state_dtype, feedback=feedback,
+            segments, x, target, how, self.plan, state_dtype=self.state_dtype
         )  # fmt: skip
 
-    def _plan(self, chain: Chain, x: Tensor, target: Tensor, updates: BlockUpdates) -> Plan:
+    def _flat(self, chain: Chain, x: Tensor, updates: BlockUpdates) -> FlatSegments | None:
+        """Returns compiled passes, for a batch and a rule that have them."""
+        if self._layers is None or self._layers[0]() is not chain:
+            self._layers = weakref.ref(chain), layers_of(chain)
+        layers, rule = self._layers[1], plain_rule(updates.updating)
+        if layers is None or rule is None:
+            return None
+        lessons = Lessons(layers, rule, updates)
+        return FlatSegments.of(layers, x, lessons.take) if lessons.fit() else None
+
+    def _plan(
+        self,
+        chain: Chain,
+        x: Tensor,
+        target: Tensor,
+        updates: BlockUpdates,
+        flat: FlatSegments | None,
+    ) -> Plan:
         # Whatever changes a model makes a new chain of it.
-        wanted = weakref.ref(chain), x.shape, x.dtype, target.shape, target.dtype
+        wanted = (
+            weakref.ref(chain), x.shape, x.dtype, target.shape, target.dtype, flat is not None
+        )  # fmt: skip
         if self.plan is None or self._planned_for != wanted:
             found = footprints(chain, x, updates.measure)
             dtype = chain.parameter.dtype
             share = (self.state_dtype or dtype).itemsize / dtype.itemsize
-            base = standing(x, target, found[-1].state)
-            self.plan = plan(found, self.size, base=base, share=share)
+            size = {"base": standing(x, target, found[-1].state), "share": share}
+            self.plan, self._compiled = plan(found, self.size, **size), False
+            if self.plan.levels and flat is not None:
+                with suppress(ValueError):  # of small batches, bookkeeping takes more than states
+                    self.plan = plan(flat.footprints(x), self.size, **size, least=1)
+                    self._compiled = True
             self._planned_for = wanted
         return self.plan
 

@@ -8,16 +8,16 @@ from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from mep.contrast import Settings, chain_of
 from mep.contrast.estimate import Estimate
 from mep.contrast.flat import Flat, Swept
+from mep.contrast.layers import layers_of
 from mep.memory import phase
+from mep.optim.lessons import are_plain, momenta, numbers_of, plain_rule
 from mep.optim.updating import States, Updating
-from mep.updates import SGD
 
 if TYPE_CHECKING:
     from mep.kernels.captured import Captured
@@ -60,11 +60,9 @@ class FlatSteps:
 
     def __init__(self, updating: Updating, patience: Patience) -> None:
         self._patience = patience
-        alone = updating.constraint is None and updating.penalty is None
-        rule = updating.rule if alone and updating.clip_norm is None else None
-        # A subclass may have a step of its own.
-        self._rule: SGD | None = rule if type(rule) is SGD else None
+        self._rule = plain_rule(updating)
         self._flat: Flat | None = None
+        self._chain: Any = None
         self._parameters: list[Any] = []  # of the net, and then of the groups
         self._sizes: list[int] = []
         self._homes: list[int] = []  # the group of every weight, and then of every bias
@@ -110,10 +108,11 @@ class FlatSteps:
 
     def _prepared(self, chain: Any, how: Settings, groups: Sequence[dict[str, Any]]) -> bool:
         """Returns whether the chain fits, with all of its parameters in some group."""
-        if self._flat is None or self._flat.chain is not chain or self._flat.how is not how:
-            if not Flat.fits(chain, how):
+        if self._flat is None or self._chain is not chain or self._flat.how is not how:
+            layers = layers_of(chain) if Flat.fits(how) else None
+            if layers is None:
                 return False
-            self._flat, self._parameters = Flat(chain, how), []
+            self._flat, self._chain, self._parameters = Flat(layers, how), chain, []
         weights, biases = self._flat.parameters()
         every, sizes = [*weights, *biases], [len(group["params"]) for group in groups]
         known = [*every, *(p for group in groups for p in group["params"])]
@@ -126,37 +125,19 @@ class FlatSteps:
         """Takes the step; returns False, before anything is done, if a momentum is no plain one."""
         assert self._flat is not None and self._rule is not None
         weights, biases = self._flat.parameters()
-        addresses = []
-        for p, home in zip((*weights, *biases), self._homes, strict=True):
-            if p is None or not groups[home]["momentum"]:
-                addresses.append(0)
-                continue
-            m = _momentum(state[p], p)
-            if m.shape != p.shape or m.dtype != p.dtype or not (m.is_cpu and m.is_contiguous()):
-                return False
-            addresses.append(m.data_ptr())
-        numbers = [_numbers(group, self._rule.decoupled) for group in groups]
+        every = [*weights, *biases]
+        if not are_plain(every, state):
+            return False
+        addresses = momenta(every, self._homes, groups, state)
+        numbers = [numbers_of(group, self._rule) for group in groups]
         if numbers != self._numbers or swept.captured is not self._knows_them:
-            every = np.array(numbers)[self._homes].reshape(2, len(weights), -1)
-            swept.captured.numbers[:] = every
+            table = np.array(numbers)[self._homes]
+            swept.captured.numbers[:] = table.reshape(2, len(weights), -1)
             self._numbers, self._knows_them = numbers, swept.captured
         swept.captured.learn(addresses[: len(weights)], addresses[len(weights) :])
         # A graph that still needs the weights as they were is to notice.
-        increment_version([p for p in (*weights, *biases) if p is not None])
+        increment_version([p for p in every if p is not None])
         return True
-
-
-def _momentum(own: dict[str, Any], p: Tensor) -> Tensor:
-    if own.get("momentum_buffer") is None:
-        own["momentum_buffer"] = torch.zeros_like(p)
-    return own["momentum_buffer"]
-
-
-def _numbers(group: dict[str, Any], decoupled: bool) -> tuple[float, ...]:
-    """Returns rate, momentum, decay in the gradient and out of it, and Nesterov's 1 or 0."""
-    lr, decay = float(group["lr"] * group["lr_scale"]), float(group["weight_decay"])
-    inside, outside = (0.0, decay) if decoupled else (decay, 0.0)
-    return lr, float(group["momentum"]), inside, outside, float(group["nesterov"])
 
 
 def _same(tensors: list[Any], known: list[Any]) -> bool:

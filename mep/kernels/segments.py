@@ -1,0 +1,234 @@
+"""A perceptron walked through a segment at a time, in compiled calls, with little memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mep.kernels.job import Job, addresses, empty
+from mep.kernels.library import Native
+from mep.kernels.perceptron import NUMBERS, SUMS, TABLES, ascend, climb, descend, learn
+from mep.kernels.team import call
+
+__all__ = ["CapturedSegments", "Climbed", "Segment"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Layers in a row.
+
+    Attributes:
+        kinds: numbers of the activations, one below every layer, but for the chain's first.
+        weights: ``(out, in)`` each.
+        biases: ``(out,)`` each, or None.
+        skips: whether a skip leads around a layer.
+        foot: whether another layer comes before them, whose state is their input.
+    """
+
+    kinds: list[int]
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    skips: list[bool]
+    foot: bool
+
+    @property
+    def widths(self) -> list[int]:
+        """Units of every state, the foot's among them."""
+        own = [len(w) for w in self.weights]
+        return [self.weights[0].shape[1], *own] if self.foot else own
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """What the nudged sweep through a segment leaves.
+
+    Attributes:
+        moved: displacement of the last state, ``(B, out)``.
+        job: with all addresses, for ``learn``.
+        kept: what these are addresses of.
+        most: bound on the norm of every gradient.
+    """
+
+    moved: Tensor
+    job: Job
+    kept: list[Tensor]
+    most: float
+
+
+class CapturedSegments:
+    """Walks through segments on batches of one size: float32, on a CPU.
+
+    Args:
+        found: functions of torch's libraries.
+        batch: number of samples.
+
+    Attributes:
+        segment: makes a ``Segment``.
+        by_layer: bytes that a layer takes in a job, and in the numbers of its rule.
+    """
+
+    segment = Segment
+    by_layer = 8 * (len(TABLES) + 2 * NUMBERS)
+
+    def __init__(self, found: Native, batch: int) -> None:
+        self._native, self._batch = found, batch
+        self._sums = np.zeros((torch.get_num_threads(), SUMS))
+
+    def ascend(self, segment: Segment, s: Tensor) -> Tensor:
+        """Returns the state above a segment: ``s_k = W_k phi(s_{k-1}) + b_k``.
+
+        Args:
+            segment: the layers.
+            s: what they begin with, ``(B, in)``, contiguous.
+        """
+        top, kept = empty(self._batch, segment.widths[-1]), list[Tensor]()
+        job = self._job(segment, s, kept)
+        states = self._states(segment, s, self._shared(segment.widths, kept))
+        job.fill(s=[*states[:-1], top.data_ptr()], y=self._shared(segment.widths, kept))
+        self._call(ascend, segment, job, 1)
+        return top
+
+    def descend(self, segment: Segment, s: Tensor, e: Tensor) -> tuple[Tensor, float]:
+        """Returns the error at the foot (or at the first state), and the squares of all below.
+
+        Args:
+            segment: the layers.
+            s: what they begin with.
+            e: the error at their last state, ``(B, out)``, contiguous.
+        """
+        below, kept = empty(self._batch, segment.widths[0]), list[Tensor]()
+        if len(segment.widths) == 1:  # nothing is pulled through the first layer
+            return e, 0.0
+        job = self._job(segment, s, kept)
+        errors = [
+            below.data_ptr(), *self._shared(segment.widths, kept)[1:-1], e.data_ptr()
+        ]  # fmt: skip
+        job.fill(
+            s=self._states(segment, s, self._shared(segment.widths, kept)),
+            y=[*self._apart(segment.widths[:-1], kept), 0],
+            p=self._shared(segment.widths, kept), e=errors,
+            through=self._through(segment, errors, kept, apart=False),
+        )  # fmt: skip
+        self._call(descend, segment, job, 2)
+        return below, float(self._sums[:, 1].sum())
+
+    def climb(
+        self,
+        segment: Segment,
+        s: Tensor,
+        e: Tensor,
+        moved: Tensor | None,
+        forces: Tensor,
+        beta: float,
+    ) -> Climbed:
+        """Takes the nudged sweep: ``d_k = W_k (phi(s_{k-1} + d_{k-1}) - phi(s_{k-1})) + beta e_k``.
+
+        Args:
+            segment: the layers.
+            s: what they begin with.
+            e: the error at their last state.
+            moved: displacement of the foot; None without one.
+            forces: squares of the forces so far, ``(B,)`` float64; those from here are added.
+            beta: nudging strength.
+        """
+        widths, kept = segment.widths, [s, e]
+        job, leaves, most = self._job(segment, s, kept), empty(*e.shape), max(widths)
+        errors = [*self._apart(widths[:-1], kept), e.data_ptr()]
+        job.fill(
+            s=[s.data_ptr(), *self._apart(widths[1:], kept)] if segment.foot
+            else self._apart(widths, kept),
+            y=[*self._apart(widths[:-1], kept), 0], p=[*self._apart(widths[:-1], kept), 0],
+            e=errors, through=self._through(segment, errors, kept, apart=True),
+        )  # fmt: skip
+        passing = [empty(self._batch, n) for n in (most, most, 1)]  # goes with this call
+        number = np.array([beta])
+        job.set(
+            most=most, change=passing[0].data_ptr(), moved=passing[1].data_ptr(),
+            norm=passing[2].data_ptr(), forces=forces.data_ptr(), beta=number.ctypes.data,
+            enters=0 if moved is None else moved.data_ptr(), leaves=leaves.data_ptr(),
+        )  # fmt: skip
+        self._call(climb, segment, job, 3)
+        top, below, entering, active = self._sums.sum(0).tolist()
+        # |G| <= |e| |a| / B, and what is below a bias is 1 for every sample.
+        bound = math.sqrt((top + below) * (entering + active + self._batch))
+        return Climbed(leaves, job, kept, bound)
+
+    def learn(
+        self,
+        segment: Segment,
+        climbed: Climbed,
+        weights: Sequence[int],
+        biases: Sequence[int],
+        numbers: Tensor,
+    ) -> None:
+        """Takes the step at the states that have been climbed to.
+
+        Args:
+            segment: the layers.
+            climbed: what ``climb`` has left.
+            weights: addresses of the weights' momenta; 0 for one without.
+            biases: the same of the biases.
+            numbers: ``(2, n, 5)`` float64, for weights and biases, as in ``Captured.numbers``.
+        """
+        if segment.foot:  # it learns nothing
+            weights, biases = [0, *weights], [0, *biases]
+            numbers = torch.cat([numbers[:, :1], numbers], 1)
+        climbed.job.fill(weight_momentum=weights, bias_momentum=biases)
+        climbed.job.set(numbers=numbers.data_ptr())
+        call(self._native, learn, climbed.job.array, self._batch, self._work(segment))
+
+    def _job(self, segment: Segment, s: Tensor, kept: list[Tensor]) -> Job:
+        """Returns a job with what every walk needs."""
+        none = [0] if segment.foot else []
+        job = Job(len(segment.widths))
+        job.fill(
+            width=segment.widths, kind=[*segment.kinds, 0],
+            weight=[*none, *addresses(segment.weights)],
+            bias=[*none, *addresses(segment.biases)], skip=[*none, *segment.skips],
+        )  # fmt: skip
+        if not segment.foot:
+            job.set(x=s.data_ptr(), inputs=s.shape[1])
+        kept += [s, job.tensor]
+        return job
+
+    def _states(self, segment: Segment, s: Tensor, rooms: list[int]) -> list[int]:
+        return [s.data_ptr(), *rooms[1:]] if segment.foot else rooms
+
+    def _through(
+        self, segment: Segment, errors: list[int], kept: list[Tensor], *, apart: bool
+    ) -> list[int]:
+        """What comes through the next layer is the error itself, unless a skip leads around it."""
+        skips = [*segment.skips[0 if segment.foot else 1 :], False]
+        if not any(skips):
+            return errors
+        widths = segment.widths
+        rooms = (self._apart if apart else self._shared)(widths, kept)
+        return [room if skip else e for room, skip, e in zip(rooms, skips, errors, strict=True)]
+
+    def _apart(self, widths: Sequence[int], kept: list[Tensor]) -> list[int]:
+        """Returns where every layer has memory of its own."""
+        whole = empty(self._batch * sum(widths))
+        kept.append(whole)
+        starts = np.cumsum([0, *widths])[:-1] * (4 * self._batch)
+        return (starts + whole.data_ptr()).tolist()
+
+    def _shared(self, widths: Sequence[int], kept: list[Tensor]) -> list[int]:
+        """Returns the same where layers of one width have theirs together."""
+        rooms = {n: empty(self._batch, n) for n in {*widths}}
+        kept += rooms.values()
+        return [rooms[n].data_ptr() for n in widths]
+
+    def _work(self, segment: Segment) -> int:
+        return self._batch * sum(w.numel() for w in segment.weights)
+
+    def _call(self, loop: object, segment: Segment, job: Job, passes: int) -> None:
+        if len(self._sums) < torch.get_num_threads():
+            self._sums = np.zeros((torch.get_num_threads(), SUMS))
+        self._sums[:] = 0
+        job.set(sums=self._sums.ctypes.data)
+        call(self._native, loop, job.array, self._batch, passes * self._work(segment))

@@ -1,0 +1,110 @@
+"""What a perceptron's compiled steps need to know of SGD: rates, and where momenta are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from mep.contrast import Layers, Lesson
+from mep.memory import phase
+from mep.optim.blockwise import BlockUpdates
+from mep.optim.updating import States, Updating
+from mep.updates import SGD
+
+__all__ = ["Lessons", "are_plain", "momenta", "numbers_of", "plain_rule"]
+
+
+def plain_rule(updating: Updating) -> SGD | None:
+    """Returns the rule if it is SGD, and nothing else has to see the gradients."""
+    alone = updating.constraint is None and updating.penalty is None and updating.clip_norm is None
+    # A subclass may have a step of its own.
+    return updating.rule if alone and type(updating.rule) is SGD else None
+
+
+def numbers_of(group: dict[str, Any], rule: SGD) -> tuple[float, ...]:
+    """Returns rate, momentum, decay in the gradient and out of it, and Nesterov's 1 or 0."""
+    lr, decay = float(group["lr"] * group["lr_scale"]), float(group["weight_decay"])
+    inside, outside = (0.0, decay) if rule.decoupled else (decay, 0.0)
+    return lr, float(group["momentum"]), inside, outside, float(group["nesterov"])
+
+
+def momenta(
+    parameters: Sequence[Tensor | None],
+    homes: Sequence[int],
+    groups: Sequence[dict[str, Any]],
+    state: States,
+) -> list[int]:
+    """Returns the addresses of momenta, which are made where there are none yet; 0 without one.
+
+    Args:
+        parameters: of which ``are_plain`` has found that their momenta are.
+        homes: the group of every parameter.
+        groups: parameter groups.
+        state: per parameter.
+    """
+    addresses = []
+    for p, home in zip(parameters, homes, strict=True):
+        if p is None or not groups[home]["momentum"]:
+            addresses.append(0)
+            continue
+        own = state[p]
+        if own.get("momentum_buffer") is None:
+            own["momentum_buffer"] = torch.zeros_like(p)
+        addresses.append(own["momentum_buffer"].data_ptr())
+    return addresses
+
+
+def are_plain(parameters: Sequence[Tensor | None], state: States) -> bool:
+    """Returns whether the momenta that there are lie in memory as their parameters do."""
+    for p in parameters:
+        m = state[p].get("momentum_buffer") if p is not None and p in state else None
+        if m is not None and not (
+            m.shape == p.shape and m.dtype == p.dtype and m.is_cpu and m.is_contiguous()
+        ):
+            return False
+    return True
+
+
+class Lessons:
+    """Lets the segments of a perceptron learn, one after another.
+
+    Args:
+        layers: the net's.
+        rule: the update rule.
+        updates: whose groups and state are meant, and which takes note of every update.
+    """
+
+    def __init__(self, layers: Layers, rule: SGD, updates: BlockUpdates) -> None:
+        self._layers, self._updates = layers, updates
+        self._numbers = torch.tensor(
+            [numbers_of(group, rule) for group in updates.groups], dtype=torch.float64
+        )
+
+    def fit(self) -> bool:
+        """Returns whether every parameter is to learn, and can."""
+        weights, biases = self._layers.parameters()
+        every, home = [p for p in (*weights, *biases) if p is not None], self._updates.home
+        known = all(id(p) in home and p.requires_grad for p in every)
+        return known and are_plain(every, self._updates.state)
+
+    def take(self, lesson: Lesson) -> None:
+        """Lets one segment learn, unless gradients may not be finite."""
+        finite = lesson.most <= torch.finfo(torch.float32).max
+        self._updates.finite.append(finite)
+        if not finite:
+            return
+        weights, biases = self._layers.parameters(*lesson.span)
+        home, groups, state = self._updates.home, self._updates.groups, self._updates.state
+        with phase("mep: update"):
+            homes = [[0 if p is None else home[id(p)] for p in ps] for ps in (weights, biases)]
+            lesson.take(
+                momenta(weights, homes[0], groups, state),
+                momenta(biases, homes[1], groups, state),
+                self._numbers[torch.tensor(homes)],
+            )
+            # A graph that still needs the weights as they were is to notice.
+            increment_version([p for p in (*weights, *biases) if p is not None])
