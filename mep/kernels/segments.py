@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -36,10 +37,10 @@ class Segment:
     skips: list[bool]
     foot: bool
 
-    @property
+    @cached_property
     def widths(self) -> list[int]:
         """Units of every state, the foot's among them."""
-        own = [len(w) for w in self.weights]
+        own = [w.shape[0] for w in self.weights]  # len() takes longer
         return [self.weights[0].shape[1], *own] if self.foot else own
 
 
