@@ -230,6 +230,7 @@ def _learner(config: ContinualConfig, tasks: Tasks, identity: dict[str, Any]) ->
     optimizer = mep.EPOptimizer(
         groups, model=model, mode=how.mode, lr=rate, momentum=_MOMENTUM,
         update=how.rule(), penalty=how.penalty(lam) if how.penalty and lam is not None else None,
+        max_skipped=10**9,  # a run that diverges is a result
     )  # fmt: skip
     size = mean(tasks.size(t) for t in range(len(tasks)))
     updates = max(1, round(identity["epochs"] * size / config.batch))
@@ -314,13 +315,15 @@ def table(record: Record) -> Table:
         f"{config['scenario']}, {config['data']}, {config['tasks']} tasks, {config['epochs']} "
         f"epochs each, seeds {', '.join(map(str, config['seeds']))}",
         ["arm", "rate", "strength", "average accuracy", "forgetting", "backward", "forward", "ms",
-         "residual", "c"],
+         "residual", "c", "skipped"],
         [_line(entry) for entry in record.summary["arms"]],
         "average accuracy: over all tasks, after the last. forgetting: best accuracy a task ever "
         "had minus that at the end. backward: that at the end minus that when it had just been "
         "learned. forward: accuracy on the next task before it is learned, minus that of the first "
         "weights. Points, mean and spread over seeds. residual: median over a batch, mean over all "
-        "updates. Strengths of different penalties are not comparable.",
+        "updates. skipped: updates, of all seeds, whose loss or gradients were not finite: that "
+        "run has diverged, and stays where it was. Strengths of different penalties are not "
+        "comparable.",
     )  # fmt: skip
 
 
@@ -334,7 +337,7 @@ def _line(entry: Mapping[str, Any]) -> list[str]:
         ARMS[entry["arm"]].label, number(entry["lr"], ".3g"), number(entry["lam"], ".3g"),
         points("accuracy"), points("forgetting"), points("backward"), points("forward"),
         number(entry.get("ms"), ".1f"), number(entry.get("residual")),
-        number(entry.get("c"), ".2g"),
+        number(entry.get("c"), ".2g"), str(entry["skipped"]),
     ]  # fmt: skip
 
 

@@ -186,6 +186,8 @@ class FlatSegments(Segments):
         teach: called with every segment's lesson, from input to output, which it may take or not.
     """
 
+    draws = False
+
     def __init__(
         self,
         layers: Layers,
@@ -237,6 +239,10 @@ class FlatSegments(Segments):
         self.moved = climbed.moved
         with phase("mep: contrast"):
             self._teach(Lesson(span, climbed.most, partial(self._captured.learn, segment, climbed)))
+
+    def standing(self, x: Tensor) -> int:
+        """Returns the bytes that these passes take all the time: a job, and forces per sample."""
+        return self._captured.by_call + 8 * len(x)
 
     def footprints(self, x: Tensor) -> list[Footprint]:
         """Returns what the layers take in memory for a batch.

@@ -30,10 +30,12 @@ class Segments(ABC):
     """The passes over a segment, for one batch.
 
     Attributes:
+        draws: whether they may draw random numbers.
         moved: displacement of the state that the nudged sweep has reached; None before it.
         squares: of the forces below it, summed, per sample, ``(B,)``.
     """
 
+    draws = True
     moved: Tensor | None = None
     squares: Tensor
 

@@ -88,13 +88,13 @@ class _Walk:
         self.lengths = lengths
         self.parts = spans(0, len(segments), lengths[0])
         self._dtype, self._own = dtype, dtype  # of checkpoints, and of states
-        self._draws = True
+        self._draws = segments.draws
 
     def free(self, x: Tensor) -> tuple[Tensor, list[Mark]]:
         """The free phase: returns the output and the marks of the topmost spans."""
         before = random_state(x.device)
         output, marks = self._forward(x, self.parts, x)
-        self._draws = not torch.equal(before, random_state(x.device))
+        self._draws = self._draws and not torch.equal(before, random_state(x.device))
         return output, marks if self._draws else [Mark(mark.state, None) for mark in marks]
 
     def errors(self, marks: list[Mark], e: Tensor) -> list[Tensor]:

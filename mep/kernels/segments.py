@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mep.kernels.job import Job, addresses, empty
 from mep.kernels.library import Native
-from mep.kernels.perceptron import NUMBERS, SUMS, TABLES, ascend, climb, descend, learn
+from mep.kernels.perceptron import HEAD, NUMBERS, SUMS, TABLES, ascend, climb, descend, learn
 from mep.kernels.team import call
 
 __all__ = ["CapturedSegments", "Climbed", "Segment"]
@@ -31,10 +31,10 @@ class Segment:
         foot: whether another layer comes before them, whose state is their input.
     """
 
-    kinds: list[int]
-    weights: list[Tensor]
-    biases: list[Tensor | None]
-    skips: list[bool]
+    kinds: Sequence[int]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    skips: Sequence[bool]
     foot: bool
 
     @cached_property
@@ -70,11 +70,13 @@ class CapturedSegments:
 
     Attributes:
         segment: makes a ``Segment``.
-        by_layer: bytes that a layer takes in a job, and in the numbers of its rule.
+        by_layer: bytes that a layer takes in a job, and in the numbers of its rule on their way.
+        by_call: bytes that a job takes besides, a foot's among them.
     """
 
     segment = Segment
-    by_layer = 8 * (len(TABLES) + 2 * NUMBERS)
+    by_layer = 8 * (len(TABLES) + 4 * NUMBERS + 2)
+    by_call = 8 * (HEAD + len(TABLES) + 2 * NUMBERS)
 
     def __init__(self, found: Native, batch: int) -> None:
         self._native, self._batch = found, batch

@@ -118,11 +118,12 @@ class Budget:
             found = footprints(chain, x, updates.measure)
             dtype = chain.parameter.dtype
             share = (self.state_dtype or dtype).itemsize / dtype.itemsize
-            size = {"base": standing(x, target, found[-1].state), "share": share}
-            self.plan, self._compiled = plan(found, self.size, **size), False
+            base = standing(x, target, found[-1].state)
+            self.plan, self._compiled = plan(found, self.size, base=base, share=share), False
             if self.plan.levels and flat is not None:
+                base, found = base + flat.standing(x), flat.footprints(x)
                 with suppress(ValueError):  # of small batches, bookkeeping takes more than states
-                    self.plan = plan(flat.footprints(x), self.size, **size, least=1)
+                    self.plan = plan(found, self.size, base=base, share=share, least=1)
                     self._compiled = True
             self._planned_for = wanted
         return self.plan

@@ -61,10 +61,10 @@ def momenta(
 def are_plain(parameters: Sequence[Tensor | None], state: States) -> bool:
     """Returns whether the momenta that there are lie in memory as their parameters do."""
     for p in parameters:
-        m = state[p].get("momentum_buffer") if p is not None and p in state else None
-        if m is not None and not (
-            m.shape == p.shape and m.dtype == p.dtype and m.is_cpu and m.is_contiguous()
-        ):
+        m = None if p is None else state[p].get("momentum_buffer")
+        if p is None or m is None:
+            continue
+        if m.shape != p.shape or m.dtype != p.dtype or not (m.is_cpu and m.is_contiguous()):
             return False
     return True
 
