@@ -295,6 +295,7 @@ def test_one_held_out_task_will_do(data, tmp_path):
 def test_run_killed_within_a_task_goes_on(whole, data, tmp_path, monkeypatch, arm, save):
     """Bit for bit, from a checkpoint after every step or from that after the first task alone."""
     monkeypatch.setattr(deep, "_SAVE", save)
+    monkeypatch.setattr(deep, "_SHARE", float("inf"))
     config = replace(ALONE, arms=(arm,))
     with killed_at_step(17):  # in the second task, after the first has been consolidated
         bench.run(config, data, tmp_path, NAME)

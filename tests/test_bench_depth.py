@@ -72,6 +72,7 @@ def test_finished_parts_are_not_done_again(record, data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("arm", ["ep", "backprop"])
 def test_killed_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, arm):
     monkeypatch.setattr(deep, "_SAVE", 0)  # after every step
+    monkeypatch.setattr(deep, "_SHARE", float("inf"))
     config = replace(CONFIG, arms=(arm,), seeds=(0,))
     whole = bench.run(config, data, tmp_path / "whole", "mep bench depth")
     with killed_at_step(5):

@@ -69,6 +69,7 @@ def test_rules_refuses_bad_settings(options, message):
 def test_presets_resume_where_they_were_killed(tmp_path, data, monkeypatch):
     monkeypatch.setattr(presets_bench, "_LOOK", 2)
     monkeypatch.setattr(deep, "_SAVE", 0)  # after every step
+    monkeypatch.setattr(deep, "_SHARE", float("inf"))
     config = presets_bench.PresetsConfig("smep_fast", (2, 4), steps=6, width=8, batch=32)
     whole = presets_bench.run(config, data, tmp_path / "whole", "mep bench presets")
 

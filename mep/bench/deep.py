@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Training", "train"]
 
-_SAVE = 180.0  # seconds between checkpoints
+_SAVE = 180.0  # seconds between checkpoints, at least
+_SHARE = 0.1  # and of the time that they may take
 _PROBE = 1000  # test samples on which the first move is measured
 _GLANCE = 2000  # and accuracy on the way
 
@@ -85,7 +86,7 @@ def train(run: Training, data: Dataset, path: Path) -> tuple[list[dict[str, Any]
     Raises:
         ValueError: if the checkpoint is of another run.
     """
-    at, saved = _resume(run, path), time.monotonic()
+    at, saved, pause = _resume(run, path), time.monotonic(), _SAVE
     groups = run.optimizer.param_groups
     at.rates = at.rates or [group["lr"] for group in groups]
     source = run.stream() if run.stream else batches(data, run.batch, run.seed, run.steps)
@@ -104,9 +105,11 @@ def train(run: Training, data: Dataset, path: Path) -> tuple[list[dict[str, Any]
         if at.step in (1, run.steps) or at.step % run.look == 0:
             at.rows.append(_look(run, data, at))
             at.notes = []
-        if at.step == run.steps or time.monotonic() - saved > _SAVE:
+        started = time.monotonic()
+        if at.step == run.steps or started - saved > pause:
             _save(run, path, at)
             saved = time.monotonic()
+            pause = max(_SAVE, (saved - started) / _SHARE)
     return at.rows, at.facts
 
 

@@ -61,7 +61,8 @@ def momenta(
 def are_plain(parameters: Sequence[Tensor | None], state: States) -> bool:
     """Returns whether the momenta that there are lie in memory as their parameters do."""
     for p in parameters:
-        m = None if p is None else state[p].get("momentum_buffer")
+        own = state.get(p) if p is not None else None  # which makes no entry
+        m = own.get("momentum_buffer") if own else None
         if p is None or m is None:
             continue
         if m.shape != p.shape or m.dtype != p.dtype or not (m.is_cpu and m.is_contiguous()):
