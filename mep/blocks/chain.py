@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mep.blocks.block import Block, parameters_of
 from mep.blocks.closed import ClosedBlock
 from mep.blocks.dense import DenseBlock
+from mep.blocks.fused import FusedBlock
 from mep.blocks.layers import layer_of
 from mep.blocks.local import LocalBlock
 from mep.blocks.operations import Dropout, Pointwise, operation_of
@@ -180,6 +181,8 @@ def _block(group: list[Piece], closed: bool) -> Block:
     if closed and not hooked and len(known) == len(operations):
         if layer is not None and DenseBlock.fits(known, layer):
             return DenseBlock(name, modules, known, layer)
+        if layer is not None and FusedBlock.fits(known, layer):
+            return FusedBlock(name, modules, known, layer)
         return ClosedBlock(name, modules, known, layer)
     skip = _skip_block(name, modules) if closed and not hooked else None
     return LocalBlock(name, modules) if skip is None else skip

@@ -182,5 +182,7 @@ def _kernels(activation: str) -> Kernels | None:
     if not available():
         return None
     from mep.kernels.cpu import kernels
+    from mep.kernels.spread import spread
 
-    return kernels(activation)
+    alone, found = kernels(activation), native()
+    return alone if alone is None or found is None else spread(alone, found)

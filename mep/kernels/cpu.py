@@ -24,8 +24,8 @@ from numba.core import config
 from numba.extending import intrinsic
 
 __all__ = [
-    "Kernels", "activate", "compiled", "cross_entropy", "doubles", "floats", "kernels", "nudge",
-    "pull",
+    "Kernels", "activate", "compiled", "cross_entropy", "doubles", "floats", "kernels", "move",
+    "nudge", "pull",
 ]  # fmt: skip
 
 _HERE = Path(__file__).parent
@@ -217,7 +217,8 @@ def _changes(kind, s, y, d, change, b, n):
 
 
 @_kernel
-def _move(kind, s_, y_, d_, change_, y_new_, batch, n):
+def move(kind, s_, y_, d_, change_, y_new_, batch, n):
+    """``Kernels.move`` of an activation by its number."""
     s, y = numba.carray(floats(s_), (batch, n)), numba.carray(floats(y_), (batch, n))
     d, change = numba.carray(floats(d_), (batch, n)), numba.carray(floats(change_), (batch, n))
     y_new = numba.carray(floats(y_new_), (batch, n))
@@ -302,4 +303,4 @@ def kernels(activation: str) -> Kernels | None:
     if activation not in _KINDS:
         return None
     kind = _KINDS[activation]
-    return Kernels(kind, *(partial(kernel, kind) for kernel in (activate, _move, pull, nudge)))
+    return Kernels(kind, *(partial(kernel, kind) for kernel in (activate, move, pull, nudge)))
