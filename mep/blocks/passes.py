@@ -16,6 +16,7 @@ from mep.blocks.elementwise import Elementwise, elementwise_of
 from mep.kernels import loops_of
 
 if TYPE_CHECKING:
+    from mep.kernels.gpu import GpuLoops
     from mep.kernels.loops import Loops
 
 __all__ = ["Passes", "passes_of"]
@@ -90,7 +91,9 @@ class Passes:
 class _Compiled(Passes):
     """The same by compiled loops."""
 
-    def __init__(self, blocks: Sequence[DenseBlock], between: Elementwise, loops: Loops) -> None:
+    def __init__(
+        self, blocks: Sequence[DenseBlock], between: Elementwise, loops: Loops | GpuLoops
+    ) -> None:
         super().__init__(blocks, between)
         self.climb, self._loops = loops.climb, loops
 

@@ -1,7 +1,7 @@
 """Fused arithmetic between two products. Knows tensors alone; every kernel has an eager twin.
 
-Kernels need numba (``pip install "mep-torch[fast]"``). Without it, and inside ``eager()``, the
-eager twins do the work.
+Kernels need numba on a CPU (``pip install "mep-torch[fast]"``) and Triton on a GPU (``[gpu]``).
+Without them, and inside ``eager()``, the eager twins do the work.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from mep.kernels.rows import rows
 if TYPE_CHECKING:
     from mep.kernels.captured import Captured
     from mep.kernels.cpu import Kernels
+    from mep.kernels.gpu import GpuLoops
     from mep.kernels.loops import Loops
     from mep.kernels.segments import CapturedSegments
 
@@ -42,18 +44,18 @@ _MOST_CLASSES = 32
 _eager: ContextVar[bool] = ContextVar("eager arithmetic", default=False)
 
 
-@cache
 def available() -> bool:
     """Returns whether numba is installed.
 
     >>> isinstance(available(), bool)
     True
     """
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return _has("numba")
+
+
+@cache
+def _has(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 @contextmanager
@@ -83,19 +85,32 @@ def kernels_of(activation: str, like: Tensor) -> Kernels | None:
     return _kernels(activation)
 
 
-def loops_of(activation: str, weights: Sequence[Tensor]) -> Loops | None:
+def loops_of(activation: str, weights: Sequence[Tensor]) -> Loops | GpuLoops | None:
     """Returns the passes over layers of one width, or None.
 
     Args:
         activation: before each of them.
         weights: of one dtype, ``(n, n)`` each, the last one ``(last, n)``.
     """
+    if weights[0].is_cuda:
+        return _gpu_loops_of(activation, weights)
     fused, found = kernels_of(activation, weights[0]), native()
     if fused is None or found is None or not all(is_like(w, weights[0]) for w in weights):
         return None
     from mep.kernels.loops import Loops
 
     return Loops(found, fused.kind, weights)
+
+
+def _gpu_loops_of(activation: str, weights: Sequence[Tensor]) -> GpuLoops | None:
+    plain = all(is_like(w, weights[0]) for w in weights) and weights[0].dtype == torch.float32
+    if not plain or activation not in ("tanh", "relu") or _eager.get() or not _has("triton"):
+        return None
+    from mep.kernels.gpu import MOST_WIDTH, GpuLoops
+
+    if max(*weights[0].shape, *weights[-1].shape) > MOST_WIDTH:
+        return None
+    return GpuLoops(activation == "tanh", weights)
 
 
 def capture(
