@@ -140,21 +140,23 @@ class Flat:
     def _settled(self, captured: Captured, a: Tensor, target: Tensor) -> Swept | None:
         y = self.how.cost.prepare(target, captured.output).contiguous().resolve_neg()
         fallen = captured.fall(a, y)
-        mean, size = fallen.loss.mean(), fallen.top + fallen.below
-        if not math.isfinite(float(mean) + size + fallen.entering):
+        size = fallen.top + fallen.below
+        if not math.isfinite(fallen.loss + size + fallen.entering):
             return None
         gain = usable_gain(size / fallen.top if fallen.top else math.nan, len(self.layers))
         beta = strength_of(self.how.beta, lambda: gain)
+        loss = torch.tensor(fallen.loss, dtype=a.dtype)
         if isinstance(self.how.settler, Limit):
             nudge = sample_norm(captured.gradient)
-            found = Estimate(mean, Residual(nudge.sign(), nudge), 0, LIMIT, beta)
+            found = Estimate(loss, Residual(nudge.sign(), nudge), 0, LIMIT, beta)
         else:
-            balance = Residual(*captured.rise(beta))
+            *norms, median = captured.rise(beta)
+            balance = Residual(*norms)
             tol, more = self.how.settler.tol, self.how.settler.max_steps > 1
-            status = verdict(balance, float(balance.per_sample.median()), tol)
+            status = verdict(balance, median, tol)
             if status != CONVERGED and (more or status != NOT_SETTLED):
                 return None
-            found = Estimate(mean, balance, 1, status, beta)
+            found = Estimate(loss, balance, 1, status, beta)
         # |G| <= |e| |a| / B for every gradient, and what is below a bias is 1 for every sample.
         most = math.sqrt(size * (captured.active() + fallen.entering + len(a)))
         return Swept(found, captured) if most <= torch.finfo(a.dtype).max else None

@@ -22,13 +22,13 @@ class Fallen:
     """What the free phase and the errors' way down leave.
 
     Attributes:
-        loss: cost per sample, ``(B,)``; good until the next step.
+        loss: batch mean of the cost.
         top: squares of the output's error, summed.
         below: those of all others.
         entering: squares of the input.
     """
 
-    loss: Tensor
+    loss: float
     top: float
     below: float
     entering: float
@@ -109,19 +109,25 @@ class Captured:
         self._job.set(x=x.data_ptr(), target=target.data_ptr(), sums=self._sums.ctypes.data)
         call(self._native, fall, self._job.array, self._batch, 2 * self._work)
         top, below, entering, _ = map(sum, zip(*self._sums.tolist(), strict=True))
-        return Fallen(self._loss, top, below, entering)
+        # A small reduction takes torch ten times as long.
+        return Fallen(float(self._loss.numpy().mean(dtype=np.float64)), top, below, entering)
 
     def active(self) -> float:
         """Returns the squares of all activities, of the nudged states once there are some."""
         return float(self._sums[:, 3].sum())
 
-    def rise(self, beta: float) -> tuple[Tensor, Tensor]:
-        """Takes the nudged sweep; returns residuals and nudges per sample, ``(B,)`` each."""
+    def rise(self, beta: float) -> tuple[Tensor, Tensor, float]:
+        """Takes the nudged sweep.
+
+        Returns:
+            Residuals and nudges per sample, ``(B,)`` each, and the residuals' median.
+        """
         residual, strength = empty(2, self._batch).unbind()
         self._beta[0], self._sums[:, 3] = beta, 0
         self._job.set(residual=residual.data_ptr(), strength=strength.data_ptr())
         call(self._native, rise, self._job.array, self._batch, self._work)
-        return residual, strength
+        middle = (self._batch - 1) // 2  # the lower of two, as torch's
+        return residual, strength, float(np.partition(residual.numpy(), middle)[middle])
 
     def learn(self, weights: list[int], biases: list[int]) -> None:
         """Takes the step by what has been written to ``numbers``, at the states settled last.
