@@ -273,7 +273,7 @@ def test_block_takes_operands_of_any_layout(name):
 @pytest.fixture
 def without_numba(monkeypatch):
     """As if it were not installed; what is known of it is forgotten before and after."""
-    caches = [mep.kernels.available, mep.kernels._kernels]
+    caches = [mep.kernels._has, mep.kernels._kernels]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "numba", None)
         for cache in caches:

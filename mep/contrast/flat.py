@@ -131,8 +131,9 @@ class Flat:
         if known != self._known:
             squared = type(self.how.cost) is SquaredError
             self._captured = None  # before there are others
+            limit, layers = isinstance(self.how.settler, Limit), self.layers
             self._captured = capture(
-                self.layers.activations, weights, biases, self.layers.skips, a, squared
+                layers.activations, weights, biases, layers.skips, a, squared, limit
             )
             self._known = known
         return self._captured
@@ -255,13 +256,14 @@ class FlatSegments(Segments):
         known: dict[Any, Footprint] = {}
         found, below, weights = [], 0, self._layers.parameters()[0]
         unit, rooms = 4 * len(x), sum({len(weight) for weight in weights})
-        for weight, skip in zip(weights, self._layers.skips, strict=True):
-            own, key = len(weight), (len(weight), below, skip)
+        skips = any(self._layers.skips)
+        for weight in weights:
+            own, key = len(weight), (len(weight), below)
             if key not in known:
-                # Activity, product, and what comes through a skip; room for what passes by; the
-                # foot's displacement; state and displacement of the top.
+                # Activity, and with a skip the error and what has come through; room for what
+                # passes by; the foot's displacement; state and displacement of the top.
                 known[key] = Footprint(
-                    unit * own, unit * below + self._captured.by_layer, unit * below * (1 + skip),
+                    unit * own, unit * below + self._captured.by_layer, 2 * unit * below * skips,
                     unit * (2 * max(own, below) + 1), pull=2 * unit * rooms,
                     ends=(unit * below, 2 * unit * own),
                 )  # fmt: skip

@@ -120,6 +120,7 @@ def capture(
     skips: Sequence[bool],
     x: Tensor,
     squared: bool,
+    limit: bool,
 ) -> Captured | None:
     """Returns what a perceptron's steps need, or None where there are no kernels for them.
 
@@ -130,6 +131,7 @@ def capture(
         skips: whether a skip leads around a layer.
         x: an input like those to come, ``(B, in)``.
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
+        limit: whether there will be no nudged sweep.
     """
     kinds = [kernels_of(name, x) for name in activations]
     found, n = native(), x.shape[1]
@@ -144,7 +146,7 @@ def capture(
     from mep.kernels.captured import Captured
 
     numbers = [kind.kind for kind in kinds if kind is not None]
-    return Captured(found, numbers, weights, biases, skips, len(x), squared)
+    return Captured(found, numbers, weights, biases, skips, len(x), squared, limit)
 
 
 def capture_segments(

@@ -45,6 +45,7 @@ class Captured:
         skips: whether a skip leads around a layer, which is as wide as high then.
         batch: number of samples.
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
+        limit: whether there will be no nudged sweep.
 
     Attributes:
         tensors: all that there is, for those who count.
@@ -63,6 +64,7 @@ class Captured:
         skips: Sequence[bool],
         batch: int,
         squared: bool,
+        limit: bool,
     ) -> None:
         depth, widths, most = len(weights), [len(w) for w in weights], max(map(len, weights))
         self._native, self._batch = found, batch
@@ -70,7 +72,10 @@ class Captured:
         self._job = Job(depth)
         self.tensors: list[Tensor] = [self._job.tensor]  # addresses are good as long as these live
         self._batch_in_use: tuple[Tensor, ...] = ()
-        states, errors = self._rooms(widths), addresses(self._rooms(widths))
+        states, errors = self._rooms(widths), [0] * (depth - 1)
+        if limit or any(skips):
+            errors = addresses(self._rooms(widths[:-1]))
+        errors.append(self._room(widths[-1]).data_ptr())
         self._job.fill(
             width=widths, kind=[*kinds, 0], weight=addresses(weights), bias=addresses(biases),
             skip=skips, s=addresses(states), e=errors,

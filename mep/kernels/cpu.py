@@ -51,7 +51,8 @@ class Kernels:
             cancellation, ``y_new <- phi(s + d)``.
         pull: ``(y, p, e, B, n)``: ``e <- phi'(s) p``; returns ``||e||^2``.
         nudge: ``(s, y, d, beta, p, e, change, y_new, norm, B, n)``: ``d <- d + beta e``, the same
-            as ``move``, and per sample ``norm <- ||phi'(s + d) p - e||``; ``y_new`` may be ``y``.
+            as ``move``, and per sample ``norm <- ||phi'(s + d) p - e||``; ``y_new`` may be ``y``,
+            and ``e`` 0: it is made of ``p`` then, and takes its place.
     """
 
     kind: int
@@ -260,6 +261,25 @@ def _nudged(kind, s, y, d, share, p, e, change, y_new, norm, batch, n):
         norm[b] = math.sqrt(row)
 
 
+@njit(inline="always")
+def _nudged_alone(kind, s, y, d, share, p, change, norm, batch, n):
+    """The same of an error that is nowhere: of ``p``, in whose place it is put."""
+    for b in range(batch):
+        if share != 0:
+            for j in range(n):
+                d[b, j] += share * (_slope(kind, y[b, j]) * p[b, j])
+        _changes(kind, s, y, d, change, b, n)
+        row = _f32(0)
+        for j in range(n):
+            error = _slope(kind, y[b, j]) * p[b, j]
+            value_new = y[b, j] + change[b, j]
+            y[b, j] = value_new
+            force = _slope(kind, value_new) * p[b, j] - error
+            p[b, j] = error
+            row += force * force
+        norm[b] = math.sqrt(row)
+
+
 @_kernel
 def nudge(kind, s_, y_, d_, beta, p_, e_, change_, y_new_, norm_, batch, n):
     """``Kernels.nudge`` of an activation by its number."""
@@ -267,7 +287,9 @@ def nudge(kind, s_, y_, d_, beta, p_, e_, change_, y_new_, norm_, batch, n):
     d, p = numba.carray(floats(d_), (batch, n)), numba.carray(floats(p_), (batch, n))
     e, norm = numba.carray(floats(e_), (batch, n)), numba.carray(floats(norm_), (batch,))
     change, share = numba.carray(floats(change_), (batch, n)), _f32(beta)
-    if y_new_ == y_:  # one array by two names would not be vectorised
+    if e_ == 0:
+        _nudged_alone(kind, s, y, d, share, p, change, norm, batch, n)
+    elif y_new_ == y_:  # one array by two names would not be vectorised
         _nudged(kind, s, y, d, share, p, e, change, y, norm, batch, n)
     else:
         y_new = numba.carray(floats(y_new_), (batch, n))

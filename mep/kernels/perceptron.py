@@ -40,7 +40,9 @@ HEAD = COMMON + len(OWN)
 # Of layer k: its width; its activation, that of the state above; weight, bias and their momenta (0
 # without); whether a skip leads around it; the state above, its activity (of the nudged state once
 # there is one), product and error; what of the error has come through the next layer, all of it
-# unless a skip leads around that. Where nothing is kept, layers of one width share their memory.
+# unless a skip leads around that. Both are 0 for an error that only passes by on the way down: the
+# nudged sweep makes it of the product once more, and puts it there. Where nothing is kept, layers
+# of one width share their memory.
 TABLES = ("width", "kind", "weight", "bias", "weight momentum", "bias momentum", "skip", "s", "y",
           "p", "e", "through")  # fmt: skip
 # Of one lane, added up over its samples: squares of the output's error, of those below, of the
@@ -140,13 +142,14 @@ def _down(head, tables, lo, rows):
     """``e_{k-1} <- phi' W_k^T e_k``; returns squares of the top's error, and of the others."""
     width, kind, weight, _, _, _, skip, _, y, p, e, through = tables
     sgemm, top, total = head[_SGEMM], head[_DEPTH] - 1, 0.0
+    passing = head[_CHANGE] + 4 * lo * head[_MOST]
     first = float(_square(e[top] + 4 * lo * width[top], rows * width[top]))
     for k in range(top, 0, -1):
         n, below = width[k], width[k - 1]
         at = 4 * lo * below
-        above = e[k] + 4 * lo * n
+        above = e[k] + 4 * lo * n if e[k] != 0 else passing
         product(sgemm, N, N, rows, below, n, 1.0, above, n, weight[k], below, 0.0, p[k - 1] + at)
-        own = through[k - 1] + at
+        own = through[k - 1] + at if through[k - 1] != 0 else passing
         squares = pull(kind[k - 1], y[k - 1] + at, p[k - 1] + at, own, rows, below)
         if skip[k] != 0:
             squares = _add(e[k - 1] + at, own, above, rows * below)
@@ -181,9 +184,10 @@ def _nudge_all(head, tables, lo, rows, beta):
             for i in range(rows * n):
                 moved[i] += share_of_e * errors[i]
             share_of_e, keep = numba.float32(0), numba.float32(1)
+        own = through[k] + at if through[k] != 0 else 0
         nudge(
-            kind[k], s[k] + at, y[k] + at, d, share_of_e, p[k] + at, through[k] + at, change,
-            y[k] + at, norm_ + 4 * lo, rows, n,
+            kind[k], s[k] + at, y[k] + at, d, share_of_e, p[k] + at, own, change, y[k] + at,
+            norm_ + 4 * lo, rows, n,
         )  # fmt: skip
         active += _square(y[k] + at, rows * n)
         for b in range(rows):
@@ -309,11 +313,12 @@ def learn(job):
 @njit(inline="always")
 def _learn(head, tables, k, a, n_in, numbers):
     """Lets layer k learn from the activity below it."""
-    width, _, weight, bias, weight_m, bias_m, _, _, _, _, e, _ = tables
+    width, _, weight, bias, weight_m, bias_m, _, _, _, p, e, _ = tables
     sgemm, batch, n = head[_SGEMM], head[_BATCH], width[k]
     scale = -1.0 / batch
     lo, rows = share(head, n)  # of the weight, and of the bias
-    error, values, own = e[k] + 4 * lo, weight[k] + 4 * lo * n_in, numbers[0, k]
+    errors = e[k] if e[k] != 0 else p[k]
+    error, values, own = errors + 4 * lo, weight[k] + 4 * lo * n_in, numbers[0, k]
     if weight_m[k] != 0:
         m = weight_m[k] + 4 * lo * n_in
         keep = _look_ahead(values, m, rows * n_in, own)
@@ -327,10 +332,10 @@ def _learn(head, tables, k, a, n_in, numbers):
         if bias_m[k] != 0:
             m = bias_m[k] + 4 * lo
             keep = _look_ahead(values, m, rows, own)
-            _sum(m, keep, e[k], scale, batch, n, lo, rows)
+            _sum(m, keep, errors, scale, batch, n, lo, rows)
             _follow(values, m, rows, own)
         else:
-            _sum(values, _kept(own), e[k], -own[0] * scale, batch, n, lo, rows)
+            _sum(values, _kept(own), errors, -own[0] * scale, batch, n, lo, rows)
 
 
 @njit(inline="always")

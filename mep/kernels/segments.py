@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,6 +61,9 @@ class Climbed:
     most: float
 
 
+_Rooms = Callable[[Sequence[int], list[Tensor]], list[int]]
+
+
 class CapturedSegments:
     """Walks through segments on batches of one size: float32, on a CPU.
 
@@ -75,7 +78,7 @@ class CapturedSegments:
     """
 
     segment = Segment
-    by_layer = 8 * (len(TABLES) + 4 * NUMBERS + 2)
+    by_layer = 8 * (len(TABLES) + 2 * NUMBERS + 2)
     by_call = 8 * (HEAD + len(TABLES) + 2 * NUMBERS)
 
     def __init__(self, found: Native, batch: int) -> None:
@@ -91,7 +94,7 @@ class CapturedSegments:
         """
         top, kept = empty(self._batch, segment.widths[-1]), list[Tensor]()
         job = self._job(segment, s, kept)
-        states = self._states(segment, s, self._shared(segment.widths, kept))
+        states = self._states(segment, s, self._shared, kept)
         job.fill(s=[*states[:-1], top.data_ptr()], y=self._shared(segment.widths, kept))
         self._call(ascend, segment, job, 1)
         return top
@@ -104,17 +107,18 @@ class CapturedSegments:
             s: what they begin with.
             e: the error at their last state, ``(B, out)``, contiguous.
         """
-        below, kept = empty(self._batch, segment.widths[0]), list[Tensor]()
-        if len(segment.widths) == 1:  # nothing is pulled through the first layer
+        widths, kept = segment.widths, list[Tensor]()
+        if len(widths) == 1:  # nothing is pulled through the first layer
             return e, 0.0
-        job = self._job(segment, s, kept)
-        errors = [
-            below.data_ptr(), *self._shared(segment.widths, kept)[1:-1], e.data_ptr()
-        ]  # fmt: skip
+        job, below, most = self._job(segment, s, kept), empty(self._batch, widths[0]), max(widths)
+        errors, passing = [below.data_ptr(), *[0] * (len(widths) - 2)], empty(self._batch, most)
+        if any(segment.skips):
+            errors[1:] = self._shared(widths, kept)[1:-1]
+        errors.append(e.data_ptr())
+        job.set(most=most, change=passing.data_ptr())
         job.fill(
-            s=self._states(segment, s, self._shared(segment.widths, kept)),
-            y=[*self._apart(segment.widths[:-1], kept), 0],
-            p=self._shared(segment.widths, kept), e=errors,
+            s=self._states(segment, s, self._shared, kept), e=errors,
+            y=[*self._apart(widths[:-1], kept), 0], p=[*self._shared(widths[:-1], kept), 0],
             through=self._through(segment, errors, kept, apart=False),
         )  # fmt: skip
         self._call(descend, segment, job, 2)
@@ -141,10 +145,10 @@ class CapturedSegments:
         """
         widths, kept = segment.widths, [s, e]
         job, leaves, most = self._job(segment, s, kept), empty(*e.shape), max(widths)
-        errors = [*self._apart(widths[:-1], kept), e.data_ptr()]
+        below = self._apart(widths[:-1], kept) if any(segment.skips) else [0] * (len(widths) - 1)
+        errors = [*below, e.data_ptr()]
         job.fill(
-            s=[s.data_ptr(), *self._apart(widths[1:], kept)] if segment.foot
-            else self._apart(widths, kept),
+            s=self._states(segment, s, self._apart, kept),
             y=[*self._apart(widths[:-1], kept), 0], p=[*self._apart(widths[:-1], kept), 0],
             e=errors, through=self._through(segment, errors, kept, apart=True),
         )  # fmt: skip
@@ -176,11 +180,11 @@ class CapturedSegments:
             climbed: what ``climb`` has left.
             weights: addresses of the weights' momenta; 0 for one without.
             biases: the same of the biases.
-            numbers: ``(2, n, 5)`` float64, for weights and biases, as in ``Captured.numbers``.
+            numbers: ``(2, n, 5)`` float64, for weights and biases, as in ``Captured.numbers``; any
+                for the foot, which learns nothing.
         """
-        if segment.foot:  # it learns nothing
-            weights, biases = [0, *weights], [0, *biases]
-            numbers = torch.cat([numbers[:, :1], numbers], 1)
+        none = [0] if segment.foot else []
+        weights, biases = [*none, *weights], [*none, *biases]
         climbed.job.fill(weight_momentum=weights, bias_momentum=biases)
         climbed.job.set(numbers=numbers.data_ptr())
         call(self._native, learn, climbed.job.array, self._batch, self._work(segment))
@@ -199,8 +203,10 @@ class CapturedSegments:
         kept += [s, job.tensor]
         return job
 
-    def _states(self, segment: Segment, s: Tensor, rooms: list[int]) -> list[int]:
-        return [s.data_ptr(), *rooms[1:]] if segment.foot else rooms
+    def _states(self, segment: Segment, s: Tensor, rooms: _Rooms, kept: list[Tensor]) -> list[int]:
+        if not segment.foot:
+            return rooms(segment.widths, kept)
+        return [s.data_ptr(), *rooms(segment.widths[1:], kept)]
 
     def _through(
         self, segment: Segment, errors: list[int], kept: list[Tensor], *, apart: bool

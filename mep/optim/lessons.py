@@ -102,10 +102,11 @@ class Lessons:
         home, groups, state = self._updates.home, self._updates.groups, self._updates.state
         with phase("mep: update"):
             homes = [[0 if p is None else home[id(p)] for p in ps] for ps in (weights, biases)]
+            foot = [0] if lesson.span[0] else []
             lesson.take(
                 momenta(weights, homes[0], groups, state),
                 momenta(biases, homes[1], groups, state),
-                self._numbers[torch.tensor(homes)],
+                self._numbers[torch.tensor([[*foot, *own] for own in homes])],
             )
             # A graph that still needs the weights as they were is to notice.
             increment_version([p for p in (*weights, *biases) if p is not None])
