@@ -8,8 +8,7 @@ import mep
 import mep.kernels
 from mep.blocks import ClosedBlock
 from mep.blocks.fused import FusedBlock, FusedPoint
-from mep.kernels import kernels_of
-from mep.kernels.library import native
+from mep.kernels.library import Native, native
 
 # Kernels differ from torch's own activations by 4e-7 of the value, and products of some hundred
 # terms by as many roundings; float64 has no kernels.
@@ -134,21 +133,18 @@ def test_a_step_of_a_convolutional_net_is_the_closed_form_s(monkeypatch):
 )
 @pytest.mark.parametrize("name", ["tanh", "relu"])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_large_tensors_are_spread_over_threads(name, threads, monkeypatch):
+def test_large_tensors_are_spread_over_threads(name, threads):
     """The same numbers, bit for bit but for the order of one sum, and several threads at work."""
-    from mep.kernels import spread, team
+    from mep.kernels import cpu
+    from mep.kernels.spread import spread
 
-    teams = []
-    call = team.call
-
-    def noting(*arguments):
-        teams.append(arguments[1].__name__)
-        return call(*arguments)
-
-    monkeypatch.setattr(spread, "call", noting)
+    library, teams = native(), []
+    noted = lambda *a: teams.append(a[2]) or library.parallel(*a)  # noqa: E731
+    own = Native(library.sgemm, library.limit, library.place, library.team, noted)
+    kernels = spread(cpu.kernels(name), own)
     torch.manual_seed(0)
     s, bias, d, p, e = (torch.randn(51, 2501) for _ in range(5))
-    kernels, before, found = kernels_of(name, s), torch.get_num_threads(), []
+    before, found = torch.get_num_threads(), []
     try:
         for count in (1, threads):
             torch.set_num_threads(count)
@@ -165,6 +161,6 @@ def test_large_tensors_are_spread_over_threads(name, threads, monkeypatch):
             found.append((square, [*first, moved, change, y_new, norm]))
     finally:
         torch.set_num_threads(before)
-    assert teams == ["_activate", "_pull", "_move", "_nudge"]
+    assert teams == [threads] * 4  # none of them while there was one thread
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     assert all(map(torch.equal, found[0][1], found[1][1]))

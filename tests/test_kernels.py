@@ -293,6 +293,15 @@ def test_kernels_are_for_float32_and_some_activations():
     assert kernels_of("tanh", like.to("meta")) is None
 
 
+def test_a_package_that_does_not_work_here_is_none(tmp_path, monkeypatch):
+    """numba says by an ImportError that it does not go with the numpy that is there."""
+    (tmp_path / "broken.py").write_text("raise ImportError('needs another numpy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not mep.kernels._has("broken")
+    assert not mep.kernels._has("nowhere_to_be_found")
+    assert mep.kernels._has("torch")
+
+
 def test_eager_ends_with_its_context():
     pytest.importorskip("numba")
     like = torch.zeros(1)

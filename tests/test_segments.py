@@ -265,3 +265,106 @@ def test_plan_stays_while_nothing_changes():
     with mep.kernels.eager():
         opt.step(**batch())
     assert opt.plan is not first and not opt._budget._compiled
+
+
+# --- what could go wrong with addresses ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "shape"),
+    [(2, "weight", (8, 40)), (2, "weight", (8, 2)), (4, "weight", (9, 8)), (2, "bias", (1,))],
+)
+def test_parameters_that_no_longer_fit_are_left_to_the_reference(layer, name, shape, walked):
+    """They are looked at before every step, though the plan is an old one."""
+    model = net(5, *[8] * 60, CLASSES)
+    opt = optimizer(Case(options={"memory_budget": "20kB", "momentum": 0.0}), model)
+    opt.step(**batch())
+    assert walked == {FlatSegments}
+    walked.clear()
+    getattr(model[layer], name).data = torch.zeros(shape)
+    if name == "bias":  # torch broadcasts it
+        opt.step(**batch())
+        assert walked == {BlockSegments}
+    else:
+        with pytest.raises(ValueError, match="does not fit the model"):
+            opt.step(**batch())
+
+
+class Turned(mep.energies.CrossEntropy):
+    """A cost whose gradient lies in memory the other way round."""
+
+    def gradient(self, s, target):
+        return super().gradient(s, target).t().contiguous().t()
+
+
+class Wide(mep.energies.CrossEntropy):
+    """A cost whose gradient is of another type."""
+
+    def gradient(self, s, target):
+        return super().gradient(s, target).double()
+
+
+def test_a_cost_s_gradient_may_lie_as_it_will(planned, walked, monkeypatch):
+    planned(2)
+    case = Case(options={**WITHIN, "cost": Turned()})
+    compare(trained(case), reference(Case(options=WITHIN), monkeypatch))
+    assert FlatSegments in walked
+
+
+def test_a_cost_s_gradient_of_another_type_is_refused(planned):
+    planned(2)
+    model = net()
+    opt = optimizer(Case(options={**WITHIN, "cost": Wide()}), model)
+    before = flat(model.parameters()).detach().clone()
+    with pytest.raises(TypeError, match=r"cost's gradient must be torch\.float32 on cpu"):
+        opt.step(**batch())
+    assert torch.equal(before, flat(model.parameters()))
+
+
+@pytest.mark.parametrize("budget", [{}, WITHIN], ids=["plain", "within a budget"])
+def test_default_device_is_no_matter(budget, planned):
+    planned(2)
+    model, each = net(), batch()
+    twin = copy.deepcopy(model)
+    opt, other = (optimizer(Case(options=budget), m) for m in (model, twin))
+    other.step(**each)
+    with torch.device("meta"):
+        loss = opt.step(**each)
+    assert loss.device.type == "cpu"
+    assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def skipping(width):
+    body = [
+        mep.models.feedforward.Residual(nn.Sequential(nn.Tanh(), nn.Linear(width, width)))
+        for _ in range(120)
+    ]
+    return nn.Sequential(nn.Linear(16, width), *body, nn.Tanh(), nn.Linear(width, CLASSES))
+
+
+HEAVY = {
+    "a group for every parameter": lambda: (
+        mep.models.deep_mlp(300, 16, 16, CLASSES), torch.randn(8, 16), True
+    ),
+    "an input that is copied": lambda: (
+        mep.models.deep_mlp(100, 16, 784, CLASSES), torch.randn(784, 16).t(), False
+    ),
+    "skips": lambda: (skipping(24), torch.randn(16, 16), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_plans_count_what_a_step_takes(name, walked):
+    torch.manual_seed(0)
+    model, x, apart = HEAVY[name]()
+    groups = [{"params": [p]} for p in model.parameters()] if apart else model.parameters()
+    y, budget = torch.randint(CLASSES, (len(x),)), 2 * x.nbytes + 120_000
+    opt = mep.EPOptimizer(groups, model=model, lr=0.01, momentum=0.9, memory_budget=budget)
+    opt.step(x=x, target=y)
+    with mep.memory.track(model, opt, samples=len(x)) as usage:
+        opt.step(x=x, target=y)
+    assert walked == {FlatSegments} and opt.plan.levels >= 1
+    assert 0.85 * opt.plan.peak <= usage.extra <= opt.plan.peak <= opt.plan.budget

@@ -24,7 +24,7 @@ from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
 from mep.contrast.strength import strength_of
 from mep.energies import CrossEntropy, PredictionError, Squared, SquaredError, usable_gain
-from mep.kernels import capture, capture_segments, is_like, kernels_of
+from mep.kernels import capture, capture_segments, kernels_of
 from mep.memory import Footprint, phase, show_use
 from mep.settling import (
     CONVERGED,
@@ -146,7 +146,7 @@ class Flat:
             return None
         gain = usable_gain(size / fallen.top if fallen.top else math.nan, len(self.layers))
         beta = strength_of(self.how.beta, lambda: gain)
-        loss = torch.tensor(fallen.loss, dtype=a.dtype)
+        loss = torch.tensor(fallen.loss, dtype=a.dtype, device=a.device)
         if isinstance(self.how.settler, Limit):
             nudge = sample_norm(captured.gradient)
             found = Estimate(loss, Residual(nudge.sign(), nudge), 0, LIMIT, beta)
@@ -186,6 +186,8 @@ class FlatSegments(Segments):
         layers: the net's.
         captured: the passes.
         kinds: numbers of the activations, one below every layer but the first.
+        a: the input as the first layer takes it, ``(B, in)``.
+        x: the input.
         teach: called with every segment's lesson, from input to output, which it may take or not.
     """
 
@@ -196,10 +198,13 @@ class FlatSegments(Segments):
         layers: Layers,
         captured: CapturedSegments,
         kinds: list[int],
+        a: Tensor,
+        x: Tensor,
         teach: Callable[[Lesson], None],
     ) -> None:
         self._layers, self._captured, self._kinds = layers, captured, kinds
-        self._teach = teach
+        self._a, self._teach = a, teach
+        self._copied = a.nbytes if a.data_ptr() != x.data_ptr() else 0
 
     @classmethod
     def of(cls, layers: Layers, x: Tensor, teach: Callable[[Lesson], None]) -> FlatSegments | None:
@@ -214,51 +219,49 @@ class FlatSegments(Segments):
             return None
         a, (weights, biases) = _entering(x), layers.parameters()
         # Layers of one width share what nobody keeps.
-        few = len({len(weight) for weight in weights}) <= _MOST_WIDTHS
-        fits = (
-            few
-            and a.shape[1] == weights[0].shape[1]
-            and all(is_like(p, a) for p in (*weights, *biases) if p is not None)
-        )
-        found = capture_segments(layers.activations, a) if fits else None
-        return found and cls(layers, *found, teach)
+        if len({len(weight) for weight in weights}) > _MOST_WIDTHS:
+            return None
+        found = capture_segments(layers.activations, weights, biases, layers.skips, a)
+        return found and cls(layers, *found, a, x, teach)
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def forward(self, span: Span, s: Tensor, x: Tensor | None) -> Tensor:
-        return self._captured.ascend(self._segment(span), _entering(s) if span[0] == 0 else s)
+        return self._captured.ascend(self._segment(span), self._a if span[0] == 0 else s)
 
     def descend(self, span: Span, mark: Mark, e: Tensor, *, measure: bool) -> tuple[Tensor, float]:
-        return self._captured.descend(self._segment(span), self._foot(span, mark), e)
+        foot = self._foot(span, mark)
+        return self._captured.descend(self._segment(span), foot, _error(e, foot))
 
     def climb(self, span: Span, mark: Mark, e: Tensor, beta: float, scale: float) -> None:
-        segment = self._segment(span)
+        segment, foot = self._segment(span), self._foot(span, mark)
         if self.moved is None:
-            self.squares = torch.zeros(len(e), dtype=torch.float64)
+            self.squares = torch.zeros(len(e), dtype=torch.float64, device=e.device)
         climbed = self._captured.climb(
-            segment, self._foot(span, mark), e, self.moved, self.squares, beta
+            segment, foot, _error(e, foot), self.moved, self.squares, beta
         )
         self.moved = climbed.moved
         with phase("mep: contrast"):
             self._teach(Lesson(span, climbed.most, partial(self._captured.learn, segment, climbed)))
 
-    def standing(self, x: Tensor) -> int:
-        """Returns the bytes that these passes take all the time: a job, and forces per sample."""
-        return self._captured.by_call + 8 * len(x)
+    @property
+    def standing(self) -> int:
+        """Returns the bytes taken all the time: a job, forces per sample, a copy of the input."""
+        return self._captured.by_call + 8 * len(self._a) + self._copied
 
-    def footprints(self, x: Tensor) -> list[Footprint]:
-        """Returns what the layers take in memory for a batch.
+    @property
+    def widths(self) -> list[int]:
+        """Units of every layer."""
+        return [weight.shape[0] for weight in self._layers.parameters()[0]]
 
-        Args:
-            x: input, ``(B, *in)``.
-        """
+    def footprints(self) -> list[Footprint]:
+        """Returns what the layers take in memory."""
         known: dict[Any, Footprint] = {}
-        found, below, weights = [], 0, self._layers.parameters()[0]
-        unit, rooms = 4 * len(x), sum({len(weight) for weight in weights})
-        skips = any(self._layers.skips)
-        for weight in weights:
-            own, key = len(weight), (len(weight), below)
+        found, below, widths = [], 0, self.widths
+        unit, rooms, skips = 4 * len(self._a), sum({*widths}), any(self._layers.skips)
+        for own in widths:
+            key = own, below
             if key not in known:
                 # Activity, and with a skip the error and what has come through; room for what
                 # passes by; the foot's displacement; state and displacement of the top.
@@ -278,7 +281,17 @@ class FlatSegments(Segments):
         return self._captured.segment(kinds, weights, biases, skips, foot=start > 0)
 
     def _foot(self, span: Span, mark: Mark) -> Tensor:
-        return _entering(mark.state) if span[0] == 0 else mark.state
+        return self._a if span[0] == 0 else mark.state
+
+
+def _error(e: Tensor, s: Tensor) -> Tensor:
+    """Returns an error as the passes take it; the topmost one comes from a cost, any user's."""
+    if e.dtype != s.dtype or e.device != s.device:
+        raise TypeError(
+            f"the cost's gradient must be {s.dtype} on {s.device}, as the states are, got "
+            f"{e.dtype} on {e.device}"
+        )
+    return e.contiguous()
 
 
 def _entering(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +32,6 @@ __all__ = [
     "capture_segments",
     "cross_entropy",
     "eager",
-    "is_like",
     "kernels_of",
     "loops_of",
     "rows",
@@ -55,7 +54,11 @@ def available() -> bool:
 
 @cache
 def _has(package: str) -> bool:
-    return find_spec(package) is not None
+    try:
+        import_module(package)
+    except ImportError:  # it is not there, or does not go with what is
+        return False
+    return True
 
 
 @contextmanager
@@ -95,7 +98,7 @@ def loops_of(activation: str, weights: Sequence[Tensor]) -> Loops | GpuLoops | N
     if weights[0].is_cuda:
         return _gpu_loops_of(activation, weights)
     fused, found = kernels_of(activation, weights[0]), native()
-    if fused is None or found is None or not all(is_like(w, weights[0]) for w in weights):
+    if fused is None or found is None or not all(_is_like(w, weights[0]) for w in weights):
         return None
     from mep.kernels.loops import Loops
 
@@ -103,12 +106,12 @@ def loops_of(activation: str, weights: Sequence[Tensor]) -> Loops | GpuLoops | N
 
 
 def _gpu_loops_of(activation: str, weights: Sequence[Tensor]) -> GpuLoops | None:
-    plain = all(is_like(w, weights[0]) for w in weights) and weights[0].dtype == torch.float32
+    plain = all(_is_like(w, weights[0]) for w in weights) and weights[0].dtype == torch.float32
     if not plain or activation not in ("tanh", "relu") or _eager.get() or not _has("triton"):
         return None
-    from mep.kernels.gpu import MOST_WIDTH, GpuLoops
+    from mep.kernels.gpu import GpuLoops, most_width
 
-    if max(*weights[0].shape, *weights[-1].shape) > MOST_WIDTH:
+    if max(*weights[0].shape, *weights[-1].shape) > most_width(weights[0].device):
         return None
     return GpuLoops(activation == "tanh", weights)
 
@@ -133,44 +136,68 @@ def capture(
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
         limit: whether there will be no nudged sweep.
     """
-    kinds = [kernels_of(name, x) for name in activations]
-    found, n = native(), x.shape[1]
-    for weight, bias, skip in zip(weights, biases, skips, strict=True):
-        fits = weight.dim() == 2 and weight.shape[1] == n and is_like(weight, x)
-        fits = fits and (len(weight) == n or not skip)
-        n = len(weight)
-        if not fits or not (bias is None or (bias.shape == (n,) and is_like(bias, x))):
-            return None
-    if None in kinds or found is None or not (squared or n <= _MOST_CLASSES):
+    numbers, found = _numbers(activations, x), native()
+    if numbers is None or found is None or not _fit(weights, biases, skips, x):
+        return None
+    if not squared and len(weights[-1]) > _MOST_CLASSES:
         return None
     from mep.kernels.captured import Captured
 
-    numbers = [kind.kind for kind in kinds if kind is not None]
     return Captured(found, numbers, weights, biases, skips, len(x), squared, limit)
 
 
 def capture_segments(
-    activations: Sequence[str], x: Tensor
+    activations: Sequence[str],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    skips: Sequence[bool],
+    x: Tensor,
 ) -> tuple[CapturedSegments, list[int]] | None:
     """Returns the passes over segments of a perceptron, or None where there are no kernels for it.
 
     Args:
         activations: by name, those between layers.
-        x: an input, ``(B, in)``; all parameters are like it.
+        weights: ``(out, in)`` each.
+        biases: ``(out,)`` each, or None.
+        skips: whether a skip leads around a layer.
+        x: an input like those to come, ``(B, in)``.
 
     Returns:
         The passes, and the activations' numbers.
     """
-    kinds, found = {name: kernels_of(name, x) for name in {*activations}}, native()
-    numbers = {name: kind.kind for name, kind in kinds.items() if kind is not None}
-    if len(numbers) < len(kinds) or found is None:
+    numbers, found = _numbers(activations, x), native()
+    if numbers is None or found is None or not _fit(weights, biases, skips, x):
         return None
     from mep.kernels.segments import CapturedSegments
 
-    return CapturedSegments(found, len(x)), [numbers[name] for name in activations]
+    return CapturedSegments(found, len(x)), numbers
 
 
-def is_like(tensor: Tensor, x: Tensor) -> bool:
+def _numbers(activations: Sequence[str], x: Tensor) -> list[int] | None:
+    """Returns the activations' numbers, or None if one has no kernel for states like this."""
+    kinds = {name: kernels_of(name, x) for name in {*activations}}
+    numbers = {name: kind.kind for name, kind in kinds.items() if kind is not None}
+    return [numbers[name] for name in activations] if len(numbers) == len(kinds) else None
+
+
+def _fit(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    skips: Sequence[bool],
+    x: Tensor,
+) -> bool:
+    """Returns whether every layer takes what the one below it gives."""
+    n = x.shape[1]
+    for weight, bias, skip in zip(weights, biases, skips, strict=True):
+        fits = weight.dim() == 2 and weight.shape[1] == n and _is_like(weight, x)
+        fits = fits and (weight.shape[0] == n or not skip)
+        n = weight.shape[0]
+        if not fits or not (bias is None or (bias.shape == (n,) and _is_like(bias, x))):
+            return False
+    return True
+
+
+def _is_like(tensor: Tensor, x: Tensor) -> bool:
     """Returns whether a tensor's memory is what it says, and there is some."""
     plain = tensor.is_contiguous() and not tensor.is_neg() and tensor.numel() > 0
     return plain and tensor.dtype == x.dtype and tensor.device == x.device

@@ -52,7 +52,7 @@ class Kernels:
         pull: ``(y, p, e, B, n)``: ``e <- phi'(s) p``; returns ``||e||^2``.
         nudge: ``(s, y, d, beta, p, e, change, y_new, norm, B, n)``: ``d <- d + beta e``, the same
             as ``move``, and per sample ``norm <- ||phi'(s + d) p - e||``; ``y_new`` may be ``y``,
-            and ``e`` 0: it is made of ``p`` then, and takes its place.
+            and then ``e`` may be 0: it is made of ``p``, and takes its place.
     """
 
     kind: int

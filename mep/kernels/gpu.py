@@ -12,16 +12,17 @@ program after the other, which is how they are tested where there is no GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import triton
 from torch import Tensor
 from triton import language as tl
 
-__all__ = ["MOST_WIDTH", "GpuLoops"]
+__all__ = ["GpuLoops", "most_width"]
 
-# A weight of so many rows and columns fits on chip beside the states.
-MOST_WIDTH = 128
+# Bytes on chip that a weight of 128 rows and columns takes, with what goes along.
+_ON_CHIP = 100_000
 _SAMPLES = 16  # of a program; the least that a product takes
 
 
@@ -147,6 +148,8 @@ def _climb(
         p = tl.load(_at(p_, k) + own, mask=inside, other=0.0)
         e = tl.load(_at(e_, k) + own, mask=inside, other=0.0)
         d += tl.where(k == 0, 0.0, beta) * e
+        # The displacement above the layer before is whole now.
+        tl.store(_at(above_, tl.where(k == 0, 0, k - 1)) + own, d, mask=inside & (k > 0))
         change = _change(s, y, d, TANH)
         y_new = y + change
         tl.store(_at(new, k) + own, y_new, mask=inside)
@@ -158,13 +161,21 @@ def _climb(
         tl.store(_at(above_, k) + above, d, mask=here & (units[None, :] < rows))
 
 
+def most_width(device: torch.device) -> int:
+    """Returns the largest width of a weight that fits on a device's chip."""
+    if device.type != "cuda":  # interpreted
+        return 128
+    own = torch.cuda.get_device_properties(device)
+    return 128 if getattr(own, "shared_memory_per_block_optin", 0) >= _ON_CHIP else 64
+
+
 class GpuLoops:
     """The passes of one activation over layers of one width: as ``Loops``, on a GPU.
 
     Args:
         tanh: whether the activation is tanh; ReLU otherwise.
-        weights: ``(n, n)`` each, the last one ``(last, n)``; ``n`` and ``last`` are ``MOST_WIDTH``
-            at the most.
+        weights: ``(n, n)`` each, the last one ``(last, n)``; ``n`` and ``last`` are
+            ``most_width`` at the most.
     """
 
     def __init__(self, tanh: bool, weights: Sequence[Tensor]) -> None:
@@ -207,7 +218,9 @@ class GpuLoops:
         self._take(_climb, len(d), *tables, beta)
 
     def _take(self, kernel, batch: int, *arguments: Tensor | float) -> None:
-        kernel[(self._programs(batch),)](*arguments, batch, **self._shape, **self._form)
+        # Triton launches on the present device, whichever the tensors are on.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            kernel[(self._programs(batch),)](*arguments, batch, **self._shape, **self._form)
 
     def _programs(self, batch: int) -> int:
         return triton.cdiv(batch, _SAMPLES)

@@ -294,7 +294,7 @@ def _balance(head, rows, lo, n):
             others += difference * difference
             own += nudged[b, j] * nudged[b, j]
         strength[b] = math.sqrt(own)
-        residual[b] = math.sqrt(others) / math.sqrt(own) if own > 0 else 0.0
+        residual[b] = 0.0 if own == 0 else math.sqrt(others) / math.sqrt(own)
 
 
 def learn(job):

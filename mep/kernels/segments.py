@@ -215,9 +215,9 @@ class CapturedSegments:
         skips = [*segment.skips[0 if segment.foot else 1 :], False]
         if not any(skips):
             return errors
-        widths = segment.widths
-        rooms = (self._apart if apart else self._shared)(widths, kept)
-        return [room if skip else e for room, skip, e in zip(rooms, skips, errors, strict=True)]
+        rooms = (self._apart if apart else self._shared)(segment.widths[:-1], kept)
+        chosen = zip([*rooms, 0], skips, errors, strict=True)
+        return [room if skip else e for room, skip, e in chosen]
 
     def _apart(self, widths: Sequence[int], kept: list[Tensor]) -> list[int]:
         """Returns where every layer has memory of its own."""

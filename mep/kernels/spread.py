@@ -56,7 +56,8 @@ def _nudge(job):
     at, beta = 4 * lo * head[_N], numba.carray(doubles(head[_BETA]), (1,))[0]
     s, y, d, p = (head[_FIRST] + at, head[_FIRST + 1] + at, head[_FIRST + 2] + at,
                   head[_FIRST + 3] + at)  # fmt: skip
-    e, change, y_new = head[_FIRST + 4] + at, head[_FIRST + 5] + at, head[_FIRST + 6] + at
+    e = head[_FIRST + 4] + at if head[_FIRST + 4] != 0 else 0
+    change, y_new = head[_FIRST + 5] + at, head[_FIRST + 6] + at
     norm = head[_FIRST + 7] + 4 * lo
     nudge(head[_KIND], s, y, d, beta, p, e, change, y_new, norm, rows, head[_N])
 

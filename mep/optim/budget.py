@@ -111,9 +111,8 @@ class Budget:
         flat: FlatSegments | None,
     ) -> Plan:
         # Whatever changes a model makes a new chain of it.
-        wanted = (
-            weakref.ref(chain), x.shape, x.dtype, target.shape, target.dtype, flat is not None
-        )  # fmt: skip
+        batch = x.shape, x.dtype, x.is_contiguous(), target.shape, target.dtype
+        wanted = weakref.ref(chain), batch, flat and hash((*flat.widths,))
         if self.plan is None or self._planned_for != wanted:
             found = footprints(chain, x, updates.measure)
             dtype = chain.parameter.dtype
@@ -121,7 +120,7 @@ class Budget:
             base = standing(x, target, found[-1].state)
             self.plan, self._compiled = plan(found, self.size, base=base, share=share), False
             if self.plan.levels and flat is not None:
-                base, found = base + flat.standing(x), flat.footprints(x)
+                base, found = base + flat.standing, flat.footprints()
                 with suppress(ValueError):  # of small batches, bookkeeping takes more than states
                     self.plan = plan(found, self.size, base=base, share=share, least=1)
                     self._compiled = True

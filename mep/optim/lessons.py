@@ -81,9 +81,7 @@ class Lessons:
 
     def __init__(self, layers: Layers, rule: SGD, updates: BlockUpdates) -> None:
         self._layers, self._updates = layers, updates
-        self._numbers = torch.tensor(
-            [numbers_of(group, rule) for group in updates.groups], dtype=torch.float64
-        )
+        self._numbers = [numbers_of(group, rule) for group in updates.groups]
 
     def fit(self) -> bool:
         """Returns whether every parameter is to learn, and can."""
@@ -103,10 +101,11 @@ class Lessons:
         with phase("mep: update"):
             homes = [[0 if p is None else home[id(p)] for p in ps] for ps in (weights, biases)]
             foot = [0] if lesson.span[0] else []
+            numbers = [[self._numbers[k] for k in (*foot, *own)] for own in homes]
             lesson.take(
                 momenta(weights, homes[0], groups, state),
                 momenta(biases, homes[1], groups, state),
-                self._numbers[torch.tensor([[*foot, *own] for own in homes])],
+                torch.tensor(numbers, dtype=torch.float64, device="cpu"),
             )
             # A graph that still needs the weights as they were is to notice.
             increment_version([p for p in (*weights, *biases) if p is not None])
