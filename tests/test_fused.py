@@ -143,7 +143,7 @@ def test_large_tensors_are_spread_over_threads(name, threads):
     own = Native(library.sgemm, library.limit, library.place, library.team, noted)
     kernels = spread(cpu.kernels(name), own)
     torch.manual_seed(0)
-    s, bias, d, p, e = (torch.randn(51, 2501) for _ in range(5))
+    s, bias, d, p, e = (torch.randn(51, 3501) for _ in range(5))
     before, found = torch.get_num_threads(), []
     try:
         for count in (1, threads):
