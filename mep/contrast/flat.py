@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mep.blocks import sample_norm
 from mep.contrast.estimate import Estimate
-from mep.contrast.layers import Layers
+from mep.contrast.layers import Layers, Parameters
 from mep.contrast.segments import Mark, Segments, Span
 from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
@@ -89,16 +89,13 @@ class Flat:
             and (type(cost) is SquaredError or (type(cost) is CrossEntropy and not cost.classes))
         )
 
-    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter | None]]:
-        """Returns weights and biases as they are now."""
-        return self.layers.parameters()
-
-    def sweep(self, x: Tensor, target: Tensor) -> Swept | None:
+    def sweep(self, x: Tensor, target: Tensor, parameters: Parameters) -> Swept | None:
         """Takes free phase, backward sweep and nudged sweep; nothing here makes a graph.
 
         Args:
             x: input, ``(B, *in)``.
             target: target as the cost takes it.
+            parameters: the layers' as they are now.
 
         Returns:
             None where the reference is asked for: tensors without kernels, an input that does not
@@ -113,18 +110,19 @@ class Flat:
         if x.dim() > 2 and not self.layers.flattens:
             return None
         with phase("mep: settle"):
-            a = x.flatten(1).contiguous().resolve_neg()
-            captured = self._capture_for(a)
+            a = _entering(x)
+            captured = self._capture_for(a, *parameters)
             if captured is None:
                 return None
             show_use(captured.tensors, "states")
             return self._settled(captured, a, target)
 
-    def _capture_for(self, a: Tensor) -> Captured | None:
+    def _capture_for(
+        self, a: Tensor, weights: list[nn.Parameter], biases: list[nn.Parameter | None]
+    ) -> Captured | None:
         """Returns the tensors of a step; the last ones, where nothing has become another."""
         if kernels_of(self.layers.activations[0], a) is None:
             return None
-        weights, biases = self.parameters()
         known: list[Any] = [a.shape]
         for p in (*weights, *biases):
             known.append(p is not None and (p.data_ptr(), p.shape, p.dtype, p.is_contiguous()))

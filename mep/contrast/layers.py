@@ -8,7 +8,10 @@ from torch import nn
 
 from mep.blocks import Block, Chain, ClosedBlock, DenseBlock, Linear, Reshape, SkipBlock
 
-__all__ = ["Layers", "layers_of"]
+__all__ = ["Layers", "Parameters", "layers_of"]
+
+# Weights and biases, layer by layer.
+Parameters = tuple[list[nn.Parameter], list[nn.Parameter | None]]
 
 
 class Layers:
@@ -34,9 +37,7 @@ class Layers:
     def __len__(self) -> int:
         return len(self.skips)
 
-    def parameters(
-        self, start: int = 0, stop: int | None = None
-    ) -> tuple[list[nn.Parameter], list[nn.Parameter | None]]:
+    def parameters(self, start: int = 0, stop: int | None = None) -> Parameters:
         """Returns weights and biases as they are now, of some layers or all."""
         blocks = self._others[max(start - 1, 0) : stop and stop - 1]
         first = [self._first] if start == 0 else []

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from mep.contrast import Settings, chain_of
 from mep.contrast.estimate import Estimate
 from mep.contrast.flat import Flat, Swept
-from mep.contrast.layers import layers_of
+from mep.contrast.layers import Parameters, layers_of
 from mep.memory import phase
 from mep.optim.lessons import are_plain, momenta, numbers_of, plain_rule
 from mep.optim.updating import States, Updating
@@ -94,38 +94,45 @@ class FlatSteps:
         if self._rule is None:
             return None
         chain = chain_of(model, how.gradient_method, how.energy)
-        if not self._prepared(chain, how, groups):
+        parameters = self._prepared(chain, how, groups)
+        if parameters is None or not self._patience.tries():
             return None
         assert self._flat is not None
-        if not self._patience.tries():
-            return None
-        swept = self._flat.sweep(x, target)
+        swept = self._flat.sweep(x, target, parameters)
         self._patience.learn(swept is not None)
         if swept is None:
             return None
         with phase("mep: update"):
-            return swept.estimate if self._learn(swept, groups, state) else None
+            return swept.estimate if self._learn(swept, parameters, groups, state) else None
 
-    def _prepared(self, chain: Any, how: Settings, groups: Sequence[dict[str, Any]]) -> bool:
-        """Returns whether the chain fits, with all of its parameters in some group."""
+    def _prepared(
+        self, chain: Any, how: Settings, groups: Sequence[dict[str, Any]]
+    ) -> Parameters | None:
+        """Returns the layers' parameters if the chain fits, and all of them are in some group."""
         if self._flat is None or self._chain is not chain or self._flat.how is not how:
             layers = layers_of(chain) if Flat.fits(how) else None
             if layers is None:
-                return False
+                return None
             self._flat, self._chain, self._parameters = Flat(layers, how), chain, []
-        weights, biases = self._flat.parameters()
-        every, sizes = [*weights, *biases], [len(group["params"]) for group in groups]
+        parameters = self._flat.layers.parameters()
+        every, sizes = [*parameters[0], *parameters[1]], [len(group["params"]) for group in groups]
         known = [*every, *(p for group in groups for p in group["params"])]
         if sizes != self._sizes or not _same(known, self._parameters):
             self._homes = _homes(every, groups)
             self._parameters, self._sizes, self._numbers = known, sizes, []
-        return bool(self._homes) and all(p is None or p.requires_grad for p in every)
+        learn = bool(self._homes) and all(p is None or p.requires_grad for p in every)
+        return parameters if learn else None
 
-    def _learn(self, swept: Swept, groups: Sequence[dict[str, Any]], state: States) -> bool:
+    def _learn(
+        self,
+        swept: Swept,
+        parameters: Parameters,
+        groups: Sequence[dict[str, Any]],
+        state: States,
+    ) -> bool:
         """Takes the step; returns False, before anything is done, if a momentum is no plain one."""
-        assert self._flat is not None and self._rule is not None
-        weights, biases = self._flat.parameters()
-        every = [*weights, *biases]
+        assert self._rule is not None
+        weights, every = parameters[0], [*parameters[0], *parameters[1]]
         if not are_plain(every, state):
             return False
         addresses = momenta(every, self._homes, groups, state)
