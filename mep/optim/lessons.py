@@ -82,6 +82,7 @@ class Lessons:
     def __init__(self, layers: Layers, rule: SGD, updates: BlockUpdates) -> None:
         self._layers, self._updates = layers, updates
         self._numbers = [numbers_of(group, rule) for group in updates.groups]
+        self._begun = False
 
     def fit(self) -> bool:
         """Returns whether every parameter is to learn, and can."""
@@ -97,9 +98,11 @@ class Lessons:
         if not finite:
             return
         weights, biases = self._layers.parameters(*lesson.span)
-        home, groups, state = self._updates.home, self._updates.groups, self._updates.state
+        groups, state = self._updates.groups, self._updates.state
         with phase("mep: update"):
-            homes = [[0 if p is None else home[id(p)] for p in ps] for ps in (weights, biases)]
+            if not self._begun:
+                self._begin()
+            homes = [self._homes(weights), self._homes(biases)]
             foot = [0] if lesson.span[0] else []
             numbers = [[self._numbers[k] for k in (*foot, *own)] for own in homes]
             lesson.take(
@@ -109,3 +112,17 @@ class Lessons:
             )
             # A graph that still needs the weights as they were is to notice.
             increment_version([p for p in (*weights, *biases) if p is not None])
+
+    def _begin(self) -> None:
+        """Makes all momenta that there are not yet, before any lesson.
+
+        Made one after another, between tensors that come and go, they would tear holes in memory.
+        """
+        self._begun = True
+        every = [p for ps in self._layers.parameters() for p in ps if p is not None]
+        if every[-1] not in self._updates.state or not self._updates.state[every[-1]]:
+            momenta(every, self._homes(every), self._updates.groups, self._updates.state)
+
+    def _homes(self, parameters: Sequence[Tensor | None]) -> list[int]:
+        """Returns the group of every parameter, any for None."""
+        return [0 if p is None else self._updates.home[id(p)] for p in parameters]
