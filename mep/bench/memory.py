@@ -225,7 +225,9 @@ def _start_up(arm: str) -> None:
     """Takes steps on a tiny net: code and threads that this brings to life are no net's fault."""
     square = torch.ones(512, 512)  # large enough for all threads
     torch.mm(square, square)
-    small = Stepper(f"{STREAMED} 1MB" if arm.startswith(STREAMED) else arm, 3, 8, 2, 0)
+    # So little that a net of 60 layers is taken segment by segment, as those to come are.
+    streamed = arm.startswith(STREAMED)
+    small = Stepper(f"{STREAMED} 16kB", 60, 8, 2, 0) if streamed else Stepper(arm, 3, 8, 2, 0)
     for _ in range(2):
         small.step()
 
