@@ -240,6 +240,7 @@ class FlatSegments(Segments):
             segment, foot, _error(e, foot), self.moved, self.squares, beta
         )
         self.moved = climbed.moved
+        # `learn` divides by the batch by itself: the weights of one node are 1 / beta.
         with phase("mep: contrast"):
             self._teach(Lesson(span, climbed.most, partial(self._captured.learn, segment, climbed)))
 

@@ -51,6 +51,6 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns a tensor to write into, on the CPU whatever the default device is."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+def empty(*shape: int) -> Tensor:
+    """Returns a float32 tensor to write into, on the CPU whatever the defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")

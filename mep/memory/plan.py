@@ -159,7 +159,7 @@ def plan(
         if peak <= budget:
             return Plan(budget, len(footprints), lengths, peak)
         lowest = peak if lowest is None else min(lowest, peak)
-    assert lowest is not None, "a chain has blocks, and no level at all is always a candidate"
+    assert lowest is not None, "of two blocks or more, segments of one are always a candidate"
     raise ValueError(
         f"`memory_budget={show(budget)}` is not enough for this model and batch: the least that "
         f"works is {show(lowest, up=True)}"
