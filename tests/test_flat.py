@@ -17,7 +17,7 @@ import mep
 import mep.kernels
 from mep.energies import CrossEntropy
 from mep.kernels.library import Native, native
-from mep.optim.flat import FlatSteps, Patience
+from mep.optim.flat import FlatSteps
 
 pytestmark = pytest.mark.skipif(
     not mep.kernels.available() or native() is None, reason="nothing to compile, or to call"
@@ -127,6 +127,26 @@ FLAT = {
 }
 
 
+KINKS = partial(RELU, 5, *[32] * 6, CLASSES)
+STRONG = {"settler": mep.Sweep(4, tol=1e-6), "beta": 0.5}
+FURTHER = {
+    "tanh": Case(options=STRONG),
+    "until settled": Case(options={"settler": mep.Sweep(4, tol=1e-5)}),
+    "relu": Case(RELU, options=STRONG),
+    "relu, all sweeps": Case(RELU, options={"settler": mep.Sweep(3, tol=None)}),
+    "relu, mse": Case(RELU, options={"cost": "mse", **STRONG, "beta": 0.1}),
+    "relu, on kinks": Case(KINKS, options=STRONG, batches=(64,)),
+    "relu, other widths": Case(lambda: RELU(5, 17, 6, 11, CLASSES), options=STRONG),
+    "two activations": Case(FLAT["two activations"].build, options=STRONG),
+    "residual": Case(partial(residual, nn.Tanh), options=STRONG),
+    "residual, relu": Case(partial(residual, nn.ReLU), options=STRONG),
+    "residual, relu, some": Case(partial(residual, nn.ReLU, 2), options=STRONG),
+    "residual, last": Case(FLAT["residual, last"].build, options=STRONG),
+    "no bias, no momentum": Case(partial(net, bias=False), options={"momentum": 0.0, **STRONG}),
+    "other batch sizes": Case(RELU, options=STRONG, batches=(6, 1, 9, 6)),
+}
+
+
 class Halved(mep.SGD):
     """A rule with a step of its own."""
 
@@ -158,8 +178,6 @@ LEFT = {
     "centered": Case(options={"stencil": mep.centered}),
     "KL": Case(options={"energy": mep.PredictionError(mep.KL())}),
     "autograd": Case(options={"gradient_method": "autograd"}),
-    "all sweeps": Case(options={"settler": mep.Sweep(2, tol=None)}),
-    "settles in two": Case(options={"settler": mep.Sweep(4, tol=1e-5)}),
     "feedback": Case(options={"settler": mep.Sweep(1, feedback="random")}),
     "descent": Case(options={"settler": mep.GradientDescent(30)}),
     "clipped": Case(options={"clip_norm": 0.1}),
@@ -221,9 +239,8 @@ def reference(case, monkeypatch):
         return trained(case)
 
 
-@pytest.mark.parametrize("name", FLAT)
-def test_flat_step_is_the_reference_s(name, taken, monkeypatch):
-    case = FLAT[name]
+@pytest.mark.parametrize("case", FLAT.values(), ids=FLAT)
+def test_flat_step_is_the_reference_s(case, taken, monkeypatch):
     found = trained(case)
     assert taken == [True] * len(case.batches)
     *numbers, verdicts = reference(case, monkeypatch)
@@ -232,13 +249,20 @@ def test_flat_step_is_the_reference_s(name, taken, monkeypatch):
         assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("case", FURTHER.values(), ids=FURTHER)
+def test_further_sweeps_are_the_reference_s(case, taken, monkeypatch):
+    test_flat_step_is_the_reference_s(case, taken, monkeypatch)
+    assert max(sweeps for _, sweeps in trained(case)[-1]) > 1
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("teams", [True, False], ids=["teams", "no teams"])
 @pytest.mark.parametrize("sizes", [(40, 96, 96, 96, 10), (40, 96, 33, 70, 10), ()])
-def test_threads_share_the_samples(threads, teams, sizes, monkeypatch, taken):
+@pytest.mark.parametrize("more", [{}, STRONG], ids=["one sweep", "several"])
+def test_threads_share_the_samples(threads, teams, sizes, more, monkeypatch, taken):
     """Where there is work for several, with and without a way to call them together."""
     build = partial(net, *sizes) if sizes else partial(residual, nn.Tanh, ends=(40, 96))
-    case = Case(build, batches=(37, 37, 50), x=lambda b: torch.randn(b, 40))
+    case = Case(build, options=more, batches=(37, 37, 50), x=lambda b: torch.randn(b, 40))
     truth = reference(case, monkeypatch)
     found, asked = native(), []
     original = found.parallel
@@ -314,34 +338,27 @@ def test_graphs_notice_that_weights_have_moved(taken):
     assert all(taken)
 
 
-def test_patience():
-    """1, 3, 7, 15, 31, 32, 32 batches are left out, and none after one that has settled."""
-    patience, left_out = Patience(), []
-    for _ in range(7):
-        assert patience.tries()
-        patience.learn(False)
-        left_out.append(0)
-        while patience.left:
-            assert not patience.tries()
-            left_out[-1] += 1
-    assert left_out == [1, 3, 7, 15, 31, 32, 32]
-    assert patience.tries()
-    patience.learn(True)
-    assert patience.tries() and patience.pause == 0
+def test_units_rest_on_their_kinks():
+    """What ramps are solved exactly for is there in the cases above."""
+    torch.manual_seed(0)
+    model, x, y = KINKS(), torch.randn(64, 5), torch.randint(0, CLASSES, (64,))
+    found = mep.settle(model, x, y, **STRONG).configuration
+    pairs = zip(found.free, found.displacements, strict=True)
+    assert sum(int((s + d == 0).sum()) for s, d in pairs) > 100
 
 
-def test_patience_is_part_of_the_state(taken):
-    """A run that is resumed leaves the same batches to the reference."""
-    case = LEFT["settles in two"]
-    model = case.build()
-    opt = optimizer(case, model)
-    for _ in range(2):
-        opt.step(**batch())
-    other = optimizer(case, net())
-    other.load_state_dict(opt.state_dict())
-    assert opt.patience == other.patience == copy.deepcopy(opt).patience == Patience(1, 0)
+def test_room_for_further_sweeps_is_made_when_it_is_needed(taken):
+    """And part of the state: a run that is resumed has it from its first step on."""
+    opt = optimizer(FURTHER["relu"], RELU())
+    assert not opt.room.further
     opt.step(**batch())
-    assert opt.patience == Patience(3, 3) != other.patience
+    assert opt.room.further and opt.last.sweeps > 1
+    other = optimizer(Case(), net())
+    other.load_state_dict(opt.state_dict())
+    assert opt.room == other.room == copy.deepcopy(opt).room
+    opt = optimizer(Case(options={"settler": mep.Sweep(3, tol=1.0)}), net())
+    opt.step(**batch())
+    assert opt.last.sweeps == 1 and not opt.room.further and all(taken)
 
 
 def test_default_dtype_is_no_matter(taken):
@@ -434,10 +451,12 @@ def test_what_is_not_finite_changes_nothing(bad, taken):
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["loaded", "deep copy"])
-def test_run_goes_on_bitwise(copied, tmp_path, taken):
+@pytest.mark.parametrize("more", [{}, STRONG], ids=["one sweep", "several"])
+def test_run_goes_on_bitwise(copied, more, tmp_path, taken):
     torch.manual_seed(0)
     model, batches = net(), [batch() for _ in range(6)]
-    opt = optimizer(Case(groups=lambda m: mep.param_groups(m, 0.2)), model)
+    case = Case(groups=lambda m: mep.param_groups(m, 0.2), options=more)
+    opt = optimizer(case, model)
     for each in batches[:3]:
         opt.step(**each)
     if copied:
@@ -445,7 +464,7 @@ def test_run_goes_on_bitwise(copied, tmp_path, taken):
     else:
         torch.save([model.state_dict(), opt.state_dict()], tmp_path / "run.pt")
         other_model = net()
-        other = optimizer(Case(groups=lambda m: mep.param_groups(m, 0.2)), other_model)
+        other = optimizer(case, other_model)
         states = torch.load(tmp_path / "run.pt", weights_only=True)
         other_model.load_state_dict(states[0])
         other.load_state_dict(states[1])

@@ -1,8 +1,8 @@
 """Steps of a multilayer perceptron, captured: the fast paths of ``contrast``.
 
 Between two products of a small net there is time for little, and nothing here comes back to Python
-between two layers. The references are ``contrast``, which takes every other chain, and this one
-whenever one sweep has not been the end of it, and, within a memory budget, ``BlockSegments``.
+between two layers. The references are ``contrast``, which takes every other chain, and, within a
+memory budget, ``BlockSegments``.
 """
 
 from __future__ import annotations
@@ -26,22 +26,13 @@ from mep.contrast.strength import strength_of
 from mep.energies import CrossEntropy, PredictionError, Squared, SquaredError, usable_gain
 from mep.kernels import capture, capture_segments, kernels_of
 from mep.memory import Footprint, phase, show_use
-from mep.settling import (
-    CONVERGED,
-    LIMIT,
-    NOT_SETTLED,
-    TRANSPOSE,
-    Limit,
-    Residual,
-    Sweep,
-    verdict,
-)
+from mep.settling import DIVERGED, LIMIT, TRANSPOSE, Limit, Residual, Sweep, verdict
 
 if TYPE_CHECKING:
     from mep.kernels.captured import Captured
     from mep.kernels.segments import CapturedSegments, Segment
 
-__all__ = ["Flat", "FlatSegments", "Lesson", "Swept"]
+__all__ = ["Flat", "FlatSegments", "Lesson", "Room", "Swept"]
 
 _MOST_WIDTHS = 4
 
@@ -59,30 +50,38 @@ class Swept:
     captured: Captured
 
 
+@dataclass
+class Room:
+    """What there is room for: part of what a run needs to go on as it would have.
+
+    Attributes:
+        further: sweeps after the first, once a batch has needed one.
+    """
+
+    further: bool = False
+
+
 class Flat:
     """Steps of a perceptron.
 
     Args:
         layers: the net's.
         how: the strategy, one that ``fits``.
+        room: what there is room for; another place may keep it.
     """
 
-    def __init__(self, layers: Layers, how: Settings) -> None:
-        self.layers, self.how = layers, how
+    def __init__(self, layers: Layers, how: Settings, room: Room) -> None:
+        self.layers, self.how, self._room = layers, how, room
         self._known: list[Any] = []
         self._captured: Captured | None = None
 
     @staticmethod
     def fits(how: Settings) -> bool:
-        """Returns whether no more is asked than one nudged sweep."""
+        """Returns whether all that is asked for is sweeps."""
         settler, cost = how.settler, how.cost
-        once = type(settler) is Limit or (
-            type(settler) is Sweep
-            and settler.feedback == TRANSPOSE
-            and (settler.max_sweeps == 1 or settler.tol is not None)
-        )
+        sweeps = type(settler) is Sweep and settler.feedback == TRANSPOSE
         return (
-            once
+            (sweeps or type(settler) is Limit)
             and how.stencil is one_sided
             and type(how.energy) is PredictionError
             and type(how.energy.output) is Squared
@@ -90,7 +89,7 @@ class Flat:
         )
 
     def sweep(self, x: Tensor, target: Tensor, parameters: Parameters) -> Swept | None:
-        """Takes free phase, backward sweep and nudged sweep; nothing here makes a graph.
+        """Takes free phase, backward sweep and nudged sweeps; nothing here makes a graph.
 
         Args:
             x: input, ``(B, *in)``.
@@ -99,8 +98,7 @@ class Flat:
 
         Returns:
             None where the reference is asked for: tensors without kernels, an input that does not
-            fit, loss or gradients that may not be finite, a sweep that has not settled while there
-            may be another one.
+            fit, loss or gradients that may not be finite.
 
         Raises:
             TypeError, ValueError: if the target does not fit.
@@ -115,7 +113,10 @@ class Flat:
             if captured is None:
                 return None
             show_use(captured.tensors, "states")
-            return self._settled(captured, a, target)
+            swept = self._settled(captured, a, target)
+        if swept is None and self._room.further and not captured.further:  # it has just turned out
+            return self.sweep(x, target, parameters)
+        return swept
 
     def _capture_for(
         self, a: Tensor, weights: list[nn.Parameter], biases: list[nn.Parameter | None]
@@ -123,7 +124,8 @@ class Flat:
         """Returns the tensors of a step; the last ones, where nothing has become another."""
         if kernels_of(self.layers.activations[0], a) is None:
             return None
-        known: list[Any] = [a.shape]
+        further = self._room.further
+        known: list[Any] = [a.shape, further]
         for p in (*weights, *biases):
             known.append(p is not None and (p.data_ptr(), p.shape, p.dtype, p.is_contiguous()))
         if known != self._known:
@@ -131,7 +133,7 @@ class Flat:
             self._captured = None  # before there are others
             limit, layers = isinstance(self.how.settler, Limit), self.layers
             self._captured = capture(
-                layers.activations, weights, biases, layers.skips, a, squared, limit
+                layers.activations, weights, biases, layers.skips, a, squared, limit, further
             )
             self._known = known
         return self._captured
@@ -149,16 +151,34 @@ class Flat:
             nudge = sample_norm(captured.gradient)
             found = Estimate(loss, Residual(nudge.sign(), nudge), 0, LIMIT, beta)
         else:
-            *norms, median = captured.rise(beta)
-            balance = Residual(*norms)
-            tol, more = self.how.settler.tol, self.how.settler.max_steps > 1
-            status = verdict(balance, median, tol)
-            if status != CONVERGED and (more or status != NOT_SETTLED):
+            end = self._sweeps(captured, beta)
+            if end is None:
                 return None
-            found = Estimate(loss, balance, 1, status, beta)
+            *norms, median, sweeps = end
+            balance = Residual(*norms)
+            status = verdict(balance, median, self.how.settler.tol)
+            if status == DIVERGED:
+                return None
+            found = Estimate(loss, balance, sweeps, status, beta)
         # |G| <= |e| |a| / B for every gradient, and what is below a bias is 1 for every sample.
         most = math.sqrt(size * (captured.active() + fallen.entering + len(a)))
         return Swept(found, captured) if most <= torch.finfo(a.dtype).max else None
+
+    def _sweeps(self, captured: Captured, beta: float) -> tuple[Tensor, Tensor, float, int] | None:
+        """Sweeps until it has settled, as the settling loop does.
+
+        Returns:
+            Residuals and nudges per sample, the residuals' median, and how many sweeps it took;
+            None if there is no room for another one yet.
+        """
+        settler = self.how.settler
+        found, sweeps = captured.rise(beta), 1
+        while sweeps < settler.max_steps and (settler.tol is None or found[2] > settler.tol):
+            if not captured.further:
+                self._room.further = True
+                return None
+            found, sweeps = captured.again(), sweeps + 1
+        return *found, sweeps
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,7 @@ def capture(
     x: Tensor,
     squared: bool,
     limit: bool,
+    further: bool,
 ) -> Captured | None:
     """Returns what a perceptron's steps need, or None where there are no kernels for them.
 
@@ -135,6 +136,7 @@ def capture(
         x: an input like those to come, ``(B, in)``.
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
         limit: whether there will be no nudged sweep.
+        further: whether there may be more than one.
     """
     numbers, found = _numbers(activations, x), native()
     if numbers is None or found is None or not _fit(weights, biases, skips, x):
@@ -143,7 +145,7 @@ def capture(
         return None
     from mep.kernels.captured import Captured
 
-    return Captured(found, numbers, weights, biases, skips, len(x), squared, limit)
+    return Captured(found, numbers, weights, biases, skips, len(x), squared, limit, further)
 
 
 def capture_segments(

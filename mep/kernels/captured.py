@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mep.kernels.job import Job, addresses, empty
+from mep.kernels.further import again
+from mep.kernels.job import NUMBERS, SUMS, Job, addresses, empty
 from mep.kernels.library import Native
-from mep.kernels.perceptron import NUMBERS, SUMS, fall, learn, rise
+from mep.kernels.perceptron import fall, learn, rise
 from mep.kernels.team import call
 
 __all__ = ["Captured", "Fallen"]
@@ -46,11 +48,13 @@ class Captured:
         batch: number of samples.
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
         limit: whether there will be no nudged sweep.
+        further: whether there may be more than one.
 
     Attributes:
         tensors: all that there is, for those who count.
         output: the free output, ``(B, out)``; good until the next step.
         gradient: of the cost there.
+        further: whether there is room for more than one sweep.
         numbers: ``(2, L, 5)``, for weights and biases: rate, momentum, decay in the gradient and
             out of it, 1 for Nesterov's momentum.
     """
@@ -65,15 +69,16 @@ class Captured:
         batch: int,
         squared: bool,
         limit: bool,
+        further: bool,
     ) -> None:
         depth, widths, most = len(weights), [len(w) for w in weights], max(map(len, weights))
-        self._native, self._batch = found, batch
+        self._native, self._batch, self.further = found, batch, further
         self._work = batch * sum(w.numel() for w in weights)
         self._job = Job(depth)
         self.tensors: list[Tensor] = [self._job.tensor]  # addresses are good as long as these live
         self._batch_in_use: tuple[Tensor, ...] = ()
         states, errors = self._rooms(widths), [0] * (depth - 1)
-        if limit or any(skips):
+        if limit or further or any(skips):
             errors = addresses(self._rooms(widths[:-1]))
         errors.append(self._room(widths[-1]).data_ptr())
         self._job.fill(
@@ -86,6 +91,7 @@ class Captured:
                 self._room(n).data_ptr() if skip else e
                 for n, skip, e in zip(widths, [*skips[1:], False], errors, strict=True)
             ],
+            d=addresses(self._rooms(widths)) if further else [0] * depth,
         )  # fmt: skip
         self.output, self.gradient = states[-1], self._room(widths[-1])
         self._loss = self._room(1).view(-1)
@@ -122,15 +128,23 @@ class Captured:
         return float(self._sums[:, 3].sum())
 
     def rise(self, beta: float) -> tuple[Tensor, Tensor, float]:
-        """Takes the nudged sweep.
+        """Takes the first nudged sweep.
 
         Returns:
             Residuals and nudges per sample, ``(B,)`` each, and the residuals' median.
         """
+        self._beta[0] = beta
+        return self._sweep(rise, 1)
+
+    def again(self) -> tuple[Tensor, Tensor, float]:
+        """Takes one more, for which there must be room; returns the same."""
+        return self._sweep(again, 2)
+
+    def _sweep(self, loop: Any, passes: int) -> tuple[Tensor, Tensor, float]:
         residual, strength = empty(2, self._batch).unbind()
-        self._beta[0], self._sums[:, 3] = beta, 0
+        self._sums[:, 3] = 0
         self._job.set(residual=residual.data_ptr(), strength=strength.data_ptr())
-        call(self._native, rise, self._job.array, self._batch, self._work)
+        call(self._native, loop, self._job.array, self._batch, passes * self._work)
         middle = (self._batch - 1) // 2  # the lower of two, as torch's
         return residual, strength, float(np.partition(residual.numpy(), middle)[middle])
 

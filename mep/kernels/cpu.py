@@ -24,8 +24,8 @@ from numba.core import config
 from numba.extending import intrinsic
 
 __all__ = [
-    "Kernels", "activate", "compiled", "cross_entropy", "doubles", "floats", "kernels", "move",
-    "nudge", "pull",
+    "RAMP", "Kernels", "activate", "compiled", "cross_entropy", "doubles", "floats", "kernels",
+    "move", "moved_from", "nudge", "pull", "slope",
 ]  # fmt: skip
 
 _HERE = Path(__file__).parent
@@ -165,7 +165,7 @@ def _relu_change(s, y, d):
 
 
 _KINDS = {"tanh": 0, "relu": 1}
-_TANH = _KINDS["tanh"]
+_TANH, RAMP = _KINDS["tanh"], _KINDS["relu"]
 
 
 # The compiler takes a choice that is the same for all units out of the loop.
@@ -175,7 +175,8 @@ def _value(kind, x):
 
 
 @njit(inline="always")
-def _slope(kind, y):
+def slope(kind, y):
+    """Returns ``phi'`` where the activity is ``y``."""
     return _tanh_slope(y) if kind == _TANH else _relu_slope(y)
 
 
@@ -229,6 +230,19 @@ def move(kind, s_, y_, d_, change_, y_new_, batch, n):
             y_new[b, j] = y[b, j] + change[b, j]
 
 
+@njit(inline="always")
+def moved_from(kind, s_, d_, change_, y_, batch, n):
+    """``change <- phi(s + d) - phi(s)``, ``y <- phi(s + d)``, where nothing is known of ``s``."""
+    s, d = numba.carray(floats(s_), (batch, n)), numba.carray(floats(d_), (batch, n))
+    change, y = numba.carray(floats(change_), (batch, n)), numba.carray(floats(y_), (batch, n))
+    for b in range(batch):
+        for j in range(n):
+            y[b, j] = _value(kind, s[b, j])
+        _changes(kind, s, y, d, change, b, n)
+        for j in range(n):
+            y[b, j] += change[b, j]
+
+
 @_kernel
 def pull(kind, y_, p_, e_, batch, n):
     """``Kernels.pull`` of an activation by its number."""
@@ -238,7 +252,7 @@ def pull(kind, y_, p_, e_, batch, n):
     for b in range(batch):
         row = _f32(0)
         for j in range(n):
-            error = _slope(kind, y[b, j]) * p[b, j]
+            error = slope(kind, y[b, j]) * p[b, j]
             e[b, j] = error
             row += error * error
         total += row
@@ -256,7 +270,7 @@ def _nudged(kind, s, y, d, share, p, e, change, y_new, norm, batch, n):
         for j in range(n):
             value_new = y[b, j] + change[b, j]
             y_new[b, j] = value_new
-            force = _slope(kind, value_new) * p[b, j] - e[b, j]
+            force = slope(kind, value_new) * p[b, j] - e[b, j]
             row += force * force
         norm[b] = math.sqrt(row)
 
@@ -267,14 +281,14 @@ def _nudged_alone(kind, s, y, d, share, p, change, norm, batch, n):
     for b in range(batch):
         if share != 0:
             for j in range(n):
-                d[b, j] += share * (_slope(kind, y[b, j]) * p[b, j])
+                d[b, j] += share * (slope(kind, y[b, j]) * p[b, j])
         _changes(kind, s, y, d, change, b, n)
         row = _f32(0)
         for j in range(n):
-            error = _slope(kind, y[b, j]) * p[b, j]
+            error = slope(kind, y[b, j]) * p[b, j]
             value_new = y[b, j] + change[b, j]
             y[b, j] = value_new
-            force = _slope(kind, value_new) * p[b, j] - error
+            force = slope(kind, value_new) * p[b, j] - error
             p[b, j] = error
             row += force * force
         norm[b] = math.sqrt(row)

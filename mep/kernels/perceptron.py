@@ -20,48 +20,15 @@ import numba
 from numba import njit
 
 from mep.kernels.cpu import activate, cross_entropy, doubles, floats, nudge, pull
-from mep.kernels.team import COMMON, N, T, alone, as_before, lane, product, share
+from mep.kernels.job import AT, NUMBERS, lane_sums, read, strength
+from mep.kernels.team import N, T, alone, as_before, product, share
 
-__all__ = [
-    "HEAD", "NUMBERS", "SUMS", "TABLES", "ascend", "climb", "descend", "fall", "learn", "rise",
-]  # fmt: skip
-
-_SGEMM, _BATCH = 0, 4
-# Sizes; addresses of the input, the target, and results per sample; room for one thread after the
-# other, of `MOST` numbers a sample; the foot's displacement, 0 without a foot, and the top's; and
-# what is no whole number.
-OWN = ("depth", "inputs", "squared", "x", "target", "loss", "gradient", "nudged", "residual",
-       "strength", "most", "change", "moved", "norm", "forces", "enters", "leaves", "sums", "beta",
-       "numbers")  # fmt: skip
-(_DEPTH, _INPUTS, _SQUARED, _X, _TARGET, _LOSS, _GRADIENT, _NUDGED, _RESIDUAL, _STRENGTH, _MOST,
- _CHANGE, _MOVED, _NORM, _FORCES, _ENTERS, _LEAVES, _SUMS, _BETA,
- _NUMBERS) = range(COMMON, COMMON + len(OWN))  # fmt: skip
-HEAD = COMMON + len(OWN)
-# Of layer k: its width; its activation, that of the state above; weight, bias and their momenta (0
-# without); whether a skip leads around it; the state above, its activity (of the nudged state once
-# there is one), product and error; what of the error has come through the next layer, all of it
-# unless a skip leads around that. Both are 0 for an error that only passes by on the way down: the
-# nudged sweep makes it of the product once more, and puts it there. Where nothing is kept, layers
-# of one width share their memory.
-TABLES = ("width", "kind", "weight", "bias", "weight momentum", "bias momentum", "skip", "s", "y",
-          "p", "e", "through")  # fmt: skip
-# Of one lane, added up over its samples: squares of the output's error, of those below, of the
-# input, and of the activities.
-SUMS = 4
-# Of every weight, and then of every bias: rate, momentum, decay in the gradient and out of it, and
-# 1 for Nesterov's momentum.
-NUMBERS = 5
+__all__ = ["add", "ascend", "climb", "copy", "descend", "fall", "finish", "learn", "rise", "square"]
 
 
 @njit(inline="always")
-def _job(job):
-    head = numba.carray(job, (HEAD,))
-    tables = numba.carray(job, (HEAD + len(TABLES) * head[_DEPTH],))[HEAD:]
-    return head, tables.reshape(len(TABLES), head[_DEPTH])
-
-
-@njit(inline="always")
-def _square(address, count):
+def square(address, count):
+    """Returns the sum of squares at an address."""
     values, total = numba.carray(floats(address), (count,)), numba.float32(0)
     for j in range(count):
         total += values[j] * values[j]
@@ -69,14 +36,15 @@ def _square(address, count):
 
 
 @njit(inline="always")
-def _copy(into, source, count):
+def copy(into, source, count):
+    """Copies floats."""
     to, values = numba.carray(floats(into), (count,)), numba.carray(floats(source), (count,))
     for j in range(count):
         to[j] = values[j]
 
 
 @njit(inline="always")
-def _add(into, one, other, count):
+def add(into, one, other, count):
     """``into <- one + other``; returns the sum of its squares."""
     to, total = numba.carray(floats(into), (count,)), numba.float32(0)
     a, b = numba.carray(floats(one), (count,)), numba.carray(floats(other), (count,))
@@ -84,6 +52,20 @@ def _add(into, one, other, count):
         to[j] = a[j] + b[j]
         total += to[j] * to[j]
     return float(total)
+
+
+@njit(inline="always")
+def push(into, share, other, count):
+    """``into <- into + share other``."""
+    to, values = numba.carray(floats(into), (count,)), numba.carray(floats(other), (count,))
+    for j in range(count):
+        to[j] += share * values[j]
+
+
+@njit(inline="always")
+def clear(into, count):
+    """Sets floats to 0."""
+    numba.carray(floats(into), (count,))[:] = 0
 
 
 @njit(inline="always")
@@ -105,28 +87,28 @@ def _cost(squared, s, target, loss, gradient, rows, n):
 @njit(inline="always")
 def _target(head, lo, n):
     """Classes take 8 bytes each, values 4."""
-    return head[_TARGET] + (4 * lo * n if head[_SQUARED] else 8 * lo)
+    return head[AT.target] + (4 * lo * n if head[AT.squared] else 8 * lo)
 
 
 @njit(inline="always")
 def _up(head, tables, lo, rows):
     """``s_k <- W_k phi(s_{k-1}) + b_k``; returns squares of the input and of all activities."""
-    width, kind, weight, bias, _, _, skip, s, y, _, _, _ = tables
-    sgemm, depth, n_in = head[_SGEMM], head[_DEPTH], head[_INPUTS]
-    a, entering, active = head[_X] + 4 * lo * n_in, 0.0, 0.0
+    width, kind, weight, bias, _, _, skip, s, y, _, _, _, _ = tables
+    sgemm, depth, n_in = head[AT.sgemm], head[AT.depth], head[AT.inputs]
+    a, entering, active = head[AT.x] + 4 * lo * n_in, 0.0, 0.0
     for k in range(depth):
         n = width[k]
         at, keep = 4 * lo * n, 0.0
         if skip[k] != 0:
-            _copy(s[k] + at, s[k - 1] + at, rows * n)
+            copy(s[k] + at, s[k - 1] + at, rows * n)
             keep = 1.0
         if weight[k] != 0:
-            entering += _square(a, rows * n_in) if k == 0 else numba.float32(0)
+            entering += square(a, rows * n_in) if k == 0 else numba.float32(0)
             product(sgemm, N, T, rows, n, n_in, 1.0, a, n_in, weight[k], n_in, keep, s[k] + at)
         if k + 1 < depth:
             activate(kind[k], s[k] + at, bias[k], y[k] + at, rows, n)
             a, n_in = y[k] + at, n
-            active += _square(a, rows * n)
+            active += square(a, rows * n)
     n, top = width[depth - 1], depth - 1
     if bias[top] != 0:
         output = numba.carray(floats(s[top] + 4 * lo * n), (rows, n))
@@ -140,10 +122,10 @@ def _up(head, tables, lo, rows):
 @njit(inline="always")
 def _down(head, tables, lo, rows):
     """``e_{k-1} <- phi' W_k^T e_k``; returns squares of the top's error, and of the others."""
-    width, kind, weight, _, _, _, skip, _, y, p, e, through = tables
-    sgemm, top, total = head[_SGEMM], head[_DEPTH] - 1, 0.0
-    passing = head[_CHANGE] + 4 * lo * head[_MOST]
-    first = float(_square(e[top] + 4 * lo * width[top], rows * width[top]))
+    width, kind, weight, _, _, _, skip, _, y, p, e, through, _ = tables
+    sgemm, top, total = head[AT.sgemm], head[AT.depth] - 1, 0.0
+    passing = head[AT.change] + 4 * lo * head[AT.most]
+    first = float(square(e[top] + 4 * lo * width[top], rows * width[top]))
     for k in range(top, 0, -1):
         n, below = width[k], width[k - 1]
         at = 4 * lo * below
@@ -152,7 +134,7 @@ def _down(head, tables, lo, rows):
         own = through[k - 1] + at if through[k - 1] != 0 else passing
         squares = pull(kind[k - 1], y[k - 1] + at, p[k - 1] + at, own, rows, below)
         if skip[k] != 0:
-            squares = _add(e[k - 1] + at, own, above, rows * below)
+            squares = add(e[k - 1] + at, own, above, rows * below)
         total += squares
     return first, total
 
@@ -164,52 +146,44 @@ def _nudge_all(head, tables, lo, rows, beta):
     There it lacks its ``beta e``. Activities become those of the nudged states; the squares of
     these are returned, and those of the forces added up per sample.
     """
-    width, kind, weight, _, _, _, skip, s, y, p, e, through = tables
-    sgemm, depth, most, active = head[_SGEMM], head[_DEPTH], head[_MOST], 0.0
-    d, change, norm_ = head[_MOVED] + 4 * lo * most, head[_CHANGE] + 4 * lo * most, head[_NORM]
-    moved = numba.carray(floats(d), (rows * most,))
-    forces = numba.carray(doubles(head[_FORCES] + 8 * lo), (rows,))
-    norm = numba.carray(floats(norm_ + 4 * lo), (rows,))
-    if head[_ENTERS] != 0:
-        _copy(d, head[_ENTERS] + 4 * lo * width[0], rows * width[0])
+    width, kind, weight, _, _, _, skip, s, y, p, e, through, d = tables
+    sgemm, depth, most, active = head[AT.sgemm], head[AT.depth], head[AT.most], 0.0
+    passing, change = head[AT.moved] + 4 * lo * most, head[AT.change] + 4 * lo * most
+    forces = numba.carray(doubles(head[AT.forces] + 8 * lo), (rows,))
+    norm = numba.carray(floats(head[AT.norm] + 4 * lo), (rows,))
+    here = d[0] + 4 * lo * width[0] if d[0] != 0 else passing
+    if head[AT.enters] != 0:
+        copy(here, head[AT.enters] + 4 * lo * width[0], rows * width[0])
     else:  # nothing moves below the first state
-        moved[: rows * width[0]] = 0
+        clear(here, rows * width[0])
         forces[:] = 0
     for k in range(depth - 1):
         n, above = width[k], width[k + 1]
         at, keep = 4 * lo * n, numba.float32(0)
-        share_of_e = beta if k > 0 or head[_ENTERS] == 0 else numba.float32(0)
+        there = d[k + 1] + 4 * lo * above if d[k + 1] != 0 else passing
+        share_of_e = beta if k > 0 or head[AT.enters] == 0 else numba.float32(0)
         if skip[k + 1] != 0:  # the force is that of what has come through the layer
-            errors = numba.carray(floats(e[k] + at), (rows * n,))
-            for i in range(rows * n):
-                moved[i] += share_of_e * errors[i]
+            push(here, share_of_e, e[k] + at, rows * n)
+            if there != here:
+                copy(there, here, rows * n)
             share_of_e, keep = numba.float32(0), numba.float32(1)
         own = through[k] + at if through[k] != 0 else 0
         nudge(
-            kind[k], s[k] + at, y[k] + at, d, share_of_e, p[k] + at, own, change, y[k] + at,
-            norm_ + 4 * lo, rows, n,
+            kind[k], s[k] + at, y[k] + at, here, share_of_e, p[k] + at, own, change, y[k] + at,
+            head[AT.norm] + 4 * lo, rows, n,
         )  # fmt: skip
-        active += _square(y[k] + at, rows * n)
+        active += square(y[k] + at, rows * n)
         for b in range(rows):
             forces[b] += norm[b] * norm[b]
-        product(sgemm, N, T, rows, above, n, 1.0, change, n, weight[k + 1], n, keep, d)
+        product(sgemm, N, T, rows, above, n, 1.0, change, n, weight[k + 1], n, keep, there)
+        here = there
     return active
-
-
-@njit(inline="always")
-def _beta(head):
-    return numba.float32(numba.carray(doubles(head[_BETA]), (1,))[0])
-
-
-@njit(inline="always")
-def _sums(head):
-    return numba.carray(doubles(head[_SUMS]), (lane(head) + 1, SUMS))[lane(head)]
 
 
 def ascend(job):
     """The free phase, of which only the last state is read."""
-    head, tables = _job(job)
-    lo, rows = share(head, head[_BATCH])
+    head, tables = read(job)
+    lo, rows = share(head, head[AT.batch])
     before = alone(head)
     _up(head, tables, lo, rows)
     as_before(head, before)
@@ -217,9 +191,9 @@ def ascend(job):
 
 def descend(job):
     """Free phase, and errors down from the one at the top, which is given."""
-    head, tables = _job(job)
-    lo, rows = share(head, head[_BATCH])
-    before, sums = alone(head), _sums(head)
+    head, tables = read(job)
+    lo, rows = share(head, head[AT.batch])
+    before, sums = alone(head), lane_sums(head)
     _up(head, tables, lo, rows)
     sums[0], sums[1] = _down(head, tables, lo, rows)
     as_before(head, before)
@@ -227,16 +201,16 @@ def descend(job):
 
 def climb(job):
     """The same, and the nudged sweep from the foot's displacement to that of the top."""
-    head, tables = _job(job)
-    lo, rows = share(head, head[_BATCH])
-    before, sums, beta = alone(head), _sums(head), _beta(head)
+    head, tables = read(job)
+    lo, rows = share(head, head[AT.batch])
+    before, sums, beta = alone(head), lane_sums(head), strength(head)
     sums[2], _ = _up(head, tables, lo, rows)
     sums[0], sums[1] = _down(head, tables, lo, rows)
     sums[3] = _nudge_all(head, tables, lo, rows, beta)
-    n = tables[0][head[_DEPTH] - 1]
-    moved = numba.carray(floats(head[_MOVED] + 4 * lo * head[_MOST]), (rows * n,))
-    top = numba.carray(floats(tables[10][head[_DEPTH] - 1] + 4 * lo * n), (rows * n,))
-    leaves = numba.carray(floats(head[_LEAVES] + 4 * lo * n), (rows * n,))
+    n = tables[0][head[AT.depth] - 1]
+    moved = numba.carray(floats(head[AT.moved] + 4 * lo * head[AT.most]), (rows * n,))
+    top = numba.carray(floats(tables[10][head[AT.depth] - 1] + 4 * lo * n), (rows * n,))
+    leaves = numba.carray(floats(head[AT.leaves] + 4 * lo * n), (rows * n,))
     for i in range(rows * n):
         leaves[i] = moved[i] + beta * top[i]
     as_before(head, before)
@@ -244,14 +218,15 @@ def climb(job):
 
 def fall(job):
     """Free phase, cost and its gradient, errors down, and sums."""
-    head, tables = _job(job)
-    width, s, e, top = tables[0], tables[7], tables[10], head[_DEPTH] - 1
-    lo, rows = share(head, head[_BATCH])
-    before, sums, n = alone(head), _sums(head), width[top]
+    head, tables = read(job)
+    width, s, e, top = tables[0], tables[7], tables[10], head[AT.depth] - 1
+    lo, rows = share(head, head[AT.batch])
+    before, sums, n = alone(head), lane_sums(head), width[top]
     sums[2], sums[3] = _up(head, tables, lo, rows)
     at, target = 4 * lo * n, _target(head, lo, n)
-    _cost(head[_SQUARED], s[top] + at, target, head[_LOSS] + 4 * lo, head[_GRADIENT] + at, rows, n)
-    slope = numba.carray(floats(head[_GRADIENT] + at), (rows * n,))
+    loss, gradient = head[AT.loss] + 4 * lo, head[AT.gradient] + at
+    _cost(head[AT.squared], s[top] + at, target, loss, gradient, rows, n)
+    slope = numba.carray(floats(gradient), (rows * n,))
     error = numba.carray(floats(e[top] + at), (rows * n,))
     for i in range(rows * n):
         error[i] = -slope[i]
@@ -261,37 +236,45 @@ def fall(job):
 
 def rise(job):
     """The nudged sweep and its residual."""
-    head, tables = _job(job)
-    width, s, e, top = tables[0], tables[7], tables[10], head[_DEPTH] - 1
-    lo, rows = share(head, head[_BATCH])
-    before, sums, n, beta = alone(head), _sums(head), width[top], _beta(head)
+    head, tables = read(job)
+    lo, rows = share(head, head[AT.batch])
+    before, sums, beta = alone(head), lane_sums(head), strength(head)
     sums[3] = _nudge_all(head, tables, lo, rows, beta)
-    at, room = 4 * lo * n, 4 * lo * head[_MOST]
-    moved = numba.carray(floats(head[_MOVED] + room), (rows * n,))
-    output = numba.carray(floats(s[top] + at), (rows * n,))
-    error = numba.carray(floats(e[top] + at), (rows * n,))
-    for i in range(rows * n):
-        moved[i] = output[i] + (moved[i] + beta * error[i])
-    target, slope = _target(head, lo, n), head[_NUDGED] + at
-    # Nobody reads the cost itself.
-    _cost(head[_SQUARED], head[_MOVED] + room, target, head[_CHANGE] + room, slope, rows, n)
-    _balance(head, rows, lo, n)
+    finish(head, tables, lo, rows, beta)
     as_before(head, before)
 
 
 @njit(inline="always")
-def _balance(head, rows, lo, n):
+def finish(head, tables, lo, rows, beta):
+    """The cost's gradient at the nudged output, and residuals."""
+    width, s, e, d, top = tables[0], tables[7], tables[10], tables[12], head[AT.depth] - 1
+    n = width[top]
+    at, room = 4 * lo * n, 4 * lo * head[AT.most]
+    moved = numba.carray(floats(d[top] + at if d[top] != 0 else head[AT.moved] + room), (rows * n,))
+    nudged = numba.carray(floats(head[AT.moved] + room), (rows * n,))
+    output = numba.carray(floats(s[top] + at), (rows * n,))
+    error = numba.carray(floats(e[top] + at), (rows * n,))
+    for i in range(rows * n):
+        nudged[i] = output[i] + (moved[i] + beta * error[i])
+    target, slope = _target(head, lo, n), head[AT.nudged] + at
+    # Nobody reads the cost itself.
+    _cost(head[AT.squared], head[AT.moved] + room, target, head[AT.change] + room, slope, rows, n)
+    _balance(head, e[top] + at, rows, lo, n)
+
+
+@njit(inline="always")
+def _balance(head, error_, rows, lo, n):
     """Residuals ``||forces|| / ||dC/ds||`` and nudges ``||dC/ds||``, per unit of beta."""
-    free = numba.carray(floats(head[_GRADIENT] + 4 * lo * n), (rows, n))
-    nudged = numba.carray(floats(head[_NUDGED] + 4 * lo * n), (rows, n))
-    residual = numba.carray(floats(head[_RESIDUAL] + 4 * lo), (rows,))
-    strength = numba.carray(floats(head[_STRENGTH] + 4 * lo), (rows,))
-    forces = numba.carray(doubles(head[_FORCES] + 8 * lo), (rows,))
+    error = numba.carray(floats(error_), (rows, n))
+    nudged = numba.carray(floats(head[AT.nudged] + 4 * lo * n), (rows, n))
+    residual = numba.carray(floats(head[AT.residual] + 4 * lo), (rows,))
+    strength = numba.carray(floats(head[AT.strength] + 4 * lo), (rows,))
+    forces = numba.carray(doubles(head[AT.forces] + 8 * lo), (rows,))
     for b in range(rows):
         others, own = forces[b], 0.0
         for j in range(n):
-            difference = nudged[b, j] - free[b, j]
-            others += difference * difference
+            force = nudged[b, j] + error[b, j]
+            others += force * force
             own += nudged[b, j] * nudged[b, j]
         strength[b] = math.sqrt(own)
         residual[b] = 0.0 if own == 0 else math.sqrt(others) / math.sqrt(own)
@@ -299,10 +282,10 @@ def _balance(head, rows, lo, n):
 
 def learn(job):
     """``m <- mu m + G``, ``theta <- theta - lr m`` with ``G = -sum e^T a / B``, as ``SGD`` does."""
-    head, tables = _job(job)
-    width, weight, y, depth = tables[0], tables[2], tables[8], head[_DEPTH]
-    numbers = numba.carray(doubles(head[_NUMBERS]), (2, depth, NUMBERS))
-    before, a, n_in = alone(head), head[_X], head[_INPUTS]
+    head, tables = read(job)
+    width, weight, y, depth = tables[0], tables[2], tables[8], head[AT.depth]
+    numbers = numba.carray(doubles(head[AT.numbers]), (2, depth, NUMBERS))
+    before, a, n_in = alone(head), head[AT.x], head[AT.inputs]
     for k in range(depth):
         if weight[k] != 0:
             _learn(head, tables, k, a, n_in, numbers)
@@ -313,8 +296,8 @@ def learn(job):
 @njit(inline="always")
 def _learn(head, tables, k, a, n_in, numbers):
     """Lets layer k learn from the activity below it."""
-    width, _, weight, bias, weight_m, bias_m, _, _, _, p, e, _ = tables
-    sgemm, batch, n = head[_SGEMM], head[_BATCH], width[k]
+    width, _, weight, bias, weight_m, bias_m, _, _, _, p, e, _, _ = tables
+    sgemm, batch, n = head[AT.sgemm], head[AT.batch], width[k]
     scale = -1.0 / batch
     lo, rows = share(head, n)  # of the weight, and of the bias
     errors = e[k] if e[k] != 0 else p[k]

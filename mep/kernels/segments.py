@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mep.kernels.job import Job, addresses, empty
+from mep.kernels.job import HEAD, NUMBERS, SUMS, TABLES, Job, addresses, empty
 from mep.kernels.library import Native
-from mep.kernels.perceptron import HEAD, NUMBERS, SUMS, TABLES, ascend, climb, descend, learn
+from mep.kernels.perceptron import ascend, climb, descend, learn
 from mep.kernels.team import call
 
 __all__ = ["CapturedSegments", "Climbed", "Segment"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from mep.contrast import Settings, chain_of
 from mep.contrast.estimate import Estimate
-from mep.contrast.flat import Flat, Swept
+from mep.contrast.flat import Flat, Room, Swept
 from mep.contrast.layers import Parameters, layers_of
 from mep.memory import phase
 from mep.optim.lessons import are_plain, momenta, numbers_of, plain_rule
@@ -22,32 +21,7 @@ from mep.optim.updating import States, Updating
 if TYPE_CHECKING:
     from mep.kernels.captured import Captured
 
-__all__ = ["FlatSteps", "Patience"]
-
-
-@dataclass
-class Patience:
-    """After a batch that one sweep has not settled, the next ones are left to the reference.
-
-    Attributes:
-        pause: how many were, the last time; 0 after a batch that has settled.
-        left: how many still are.
-    """
-
-    pause: int = 0
-    left: int = 0
-
-    def tries(self) -> bool:
-        """Returns whether the next batch is worth a try."""
-        if self.left == 0:
-            return True
-        self.left -= 1
-        return False
-
-    def learn(self, settled: bool) -> None:
-        """Takes note of how a batch went: the pause grows to 32 batches."""
-        self.pause = 0 if settled else min(2 * self.pause + 1, 32)
-        self.left = self.pause
+__all__ = ["FlatSteps"]
 
 
 class FlatSteps:
@@ -55,11 +29,11 @@ class FlatSteps:
 
     Args:
         updating: the rule and what goes with it.
-        patience: part of what a run needs to go on as it would have.
+        room: for further sweeps; part of what a run needs to go on as it would have.
     """
 
-    def __init__(self, updating: Updating, patience: Patience) -> None:
-        self._patience = patience
+    def __init__(self, updating: Updating, room: Room) -> None:
+        self._room = room
         self._rule = plain_rule(updating)
         self._flat: Flat | None = None
         self._chain: Any = None
@@ -95,11 +69,10 @@ class FlatSteps:
             return None
         chain = chain_of(model, how.gradient_method, how.energy)
         parameters = self._prepared(chain, how, groups)
-        if parameters is None or not self._patience.tries():
+        if parameters is None:
             return None
         assert self._flat is not None
         swept = self._flat.sweep(x, target, parameters)
-        self._patience.learn(swept is not None)
         if swept is None:
             return None
         with phase("mep: update"):
@@ -113,7 +86,7 @@ class FlatSteps:
             layers = layers_of(chain) if Flat.fits(how) else None
             if layers is None:
                 return None
-            self._flat, self._chain, self._parameters = Flat(layers, how), chain, []
+            self._flat, self._chain, self._parameters = Flat(layers, how, self._room), chain, []
         parameters = self._flat.layers.parameters()
         every, sizes = [*parameters[0], *parameters[1]], [len(group["params"]) for group in groups]
         known = [*every, *(p for group in groups for p in group["params"])]

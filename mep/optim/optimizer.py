@@ -27,12 +27,13 @@ from mep.contrast import (
     free_signals,
     settings,
 )
+from mep.contrast.flat import Room
 from mep.energies import Cost, Energy, FreePhase, cost_of
 from mep.memory import Plan, phase
 from mep.optim.blockwise import BlockUpdates, by_block
 from mep.optim.budget import budget_of
 from mep.optim.feedback import check_learning, feedback_weights
-from mep.optim.flat import FlatSteps, Patience
+from mep.optim.flat import FlatSteps
 from mep.optim.gradients import Gradients
 from mep.optim.groups import check_own, roles
 from mep.optim.saving import Saved
@@ -97,7 +98,7 @@ class EPOptimizer(Saved):
         skipped: updates skipped so far because settling diverged or loss or gradients were not
             finite.
         unsettled: updates made on the way whose residual turned out to be above tolerance.
-        easing, patience: what unsettled batches have led to; see there.
+        easing, room: what unsettled batches have led to; see there.
         plan: how the last step kept to the memory budget; None without one.
 
     Raises:
@@ -154,7 +155,7 @@ class EPOptimizer(Saved):
         self.mode = mode
         self._budget = budget_of(chosen)
         self.blockwise = chosen.pop("blockwise", False) or self._budget is not None
-        self.easing, self.patience = Easing(), Patience()
+        self.easing, self.room = Easing(), Room()
         self._updating = Updating(update, constraint, clip_norm, penalty_of(penalty, ewc_lambda))
         self.max_skipped = max_skipped
         self.skipped = self.skipped_in_a_row = self.unsettled = 0
@@ -240,7 +241,7 @@ class EPOptimizer(Saved):
         self._roles = found
         if self.penalty is not None:
             self.penalty.bind(self._parameters(), self.state)
-        self._flat = FlatSteps(self._updating, self.patience)
+        self._flat = FlatSteps(self._updating, self.room)
         self._factored = self._updating.factored(self._parameters(), found)
         self._folded = self._updating.folded(self._parameters(), found, on_the_way=self.blockwise)
 

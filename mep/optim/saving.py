@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mep.blocks import Buffers
-from mep.optim.flat import Patience
+from mep.contrast.flat import Room
 from mep.optim.groups import roles
 
 __all__ = ["Saved"]
@@ -33,7 +33,7 @@ class Saved(torch.optim.Optimizer):
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "easing": self.easing.factor,
-            "patience": (self.patience.pause, self.patience.left),
+            "further": self.room.further,
         }
         return {**super().state_dict(), "ep": counts}
 
@@ -49,17 +49,17 @@ class Saved(torch.optim.Optimizer):
         self.skipped = counts.get("skipped", 0)
         self.skipped_in_a_row = counts.get("skipped_in_a_row", 0)
         self.easing.factor = counts.get("easing", 1.0)
-        self.patience.pause, self.patience.left = counts.get("patience", (0, 0))
+        self.room.further = counts.get("further", False)
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
-        super().__setstate__({"patience": Patience(), **state})
+        super().__setstate__({"room": Room(), **state})
         self._buffers = Buffers()
         self._know(roles(self.model, self._parameters()))  # a copy has parameters of its own
 
     def __getstate__(self: Any) -> dict[str, Any]:
         # The base class keeps three entries only; a scheduler's patched `step` must not travel.
         kept = (
-            "model", "mode", "_updating", "easing", "patience", "blockwise", "_budget", "how",
+            "model", "mode", "_updating", "easing", "room", "blockwise", "_budget", "how",
             "last", "max_skipped", "skipped", "skipped_in_a_row", "unsettled",
         )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
