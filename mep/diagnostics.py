@@ -21,6 +21,7 @@ from mep.contrast import (
     one_sided,
     settings,
 )
+from mep.contrast.mixed import mixed
 from mep.curvature import Signal
 from mep.energies import Cost, Energy
 from mep.settling import CONVERGED, LIMIT, Settled, Solver, settle
@@ -132,7 +133,7 @@ def diagnose(
         )  # fmt: skip
     twin = copy.deepcopy(model)  # running statistics of the model itself stay as they are
     chain = chain_of(twin, how.gradient_method, how.energy)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), mixed(x):
         torch.manual_seed(0)
         free = free_phase(twin, x, target, how)
         estimated: dict[nn.Parameter, Tensor] = {}

@@ -244,7 +244,8 @@ def test_diagnose(tmp_path):
     assert one.summary["regime"] == "finite nudge" and one.config["batch"] == 64
     assert len(one.rows) == 3 and "finite nudge" in output
     assert (tmp_path / "a" / "diagnosis.png").read_bytes().startswith(PNG)
-    for words in (("--c", 0.5), ("--seed", 1), ("--stencil", "centered"), ("--model", "cnn")):
+    for words in (("--c", 0.5), ("--seed", 1), ("--stencil", "centered"), ("--model", "cnn"),
+                  ("--autocast",)):  # fmt: skip
         other, _ = record_of(tmp_path / "b", "diagnose", "digits", "--batch", 64, *words)
         assert other.config != one.config and other.rows != one.rows
 

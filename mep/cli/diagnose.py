@@ -35,6 +35,9 @@ def diagnose(
     c: options.C = None,
     cost: options.Cost = None,
     batch: options.Batch = 512,
+    autocast: Annotated[
+        bool, typer.Option("--autocast", help="Settle in bfloat16, by copies of the weights.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights.")] = 0,
     data_dir: options.DataDir = None,
     out: options.Out = Path("runs/diagnose"),
@@ -53,10 +56,11 @@ def diagnose(
             _take_weights(net, checkpoint)
         net = net.to(device).eval()
         x, y = data.x_test.to(device), data.y_test.to(device)
-        diagnosis = mep.diagnose(net, x, y, cost=cost, **way.arguments)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+            diagnosis = mep.diagnose(net, x, y, cost=cost, **way.arguments)
     config = {
         "dataset": dataset, **sizes, "cost": cost, **way.config, "batch": len(x), "seed": seed,
-        "trained": checkpoint is not None, "device": device,
+        "trained": checkpoint is not None, "autocast": autocast, "device": device,
     }  # fmt: skip
     record = benchmark.run(diagnosis, way.label, config, choices.command_line(context))
     choices.show(benchmark, record, out, "diagnosis.png")

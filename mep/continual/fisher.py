@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.contrast import Settings, free_phase, free_sweeps, settings
+from mep.contrast.mixed import full
 from mep.curvature import Signal, diagonal_fisher
 from mep.energies import Cost, cost_of
 
@@ -58,11 +59,12 @@ def fisher_diagonal(
     named = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
     total = {key: widened(torch.zeros_like(p)) for key, (_, p) in named.items()}
     count = 0
-    for size, sweeps in of_task(model, loader, settings(cost=cost_of(cost)), fisher, samples):
-        count += size
-        for sweep in sweeps():
-            for key in total.keys() & sweep.keys():
-                total[key].add_(diagonal_fisher(sweep[key]), alpha=size)
+    with full(next(model.parameters()).device):
+        for size, sweeps in of_task(model, loader, settings(cost=cost_of(cost)), fisher, samples):
+            count += size
+            for sweep in sweeps():
+                for key in total.keys() & sweep.keys():
+                    total[key].add_(diagonal_fisher(sweep[key]), alpha=size)
     return {name: total[key].div_(count).to(p.dtype) for key, (name, p) in named.items()}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mep.contrast.mixed import mixed, owned
 from mep.contrast.phases import energy_of, free_phase
 from mep.contrast.settings import Settings, settings
 from mep.contrast.stencils import Stencil, one_sided
@@ -113,10 +114,11 @@ def estimate(
         cost=cost, beta=beta, settler=settler, stencil=stencil, energy=energy_of(model, energy),
         gradient_method=gradient_method,
     )  # fmt: skip
-    free = free_phase(model, x, target, how)
-    found = contrast(free, how, _add_to_grad, weight=weight)
-    if found.status != DIVERGED:
-        free.commit()
+    with mixed(x):
+        free = free_phase(model, x, target, how)
+        found = contrast(free, how, _add_to_grad, weight=weight)
+        if found.status != DIVERGED:
+            free.commit()
     return found
 
 
@@ -158,7 +160,7 @@ def contrast(free: Any, how: Settings, sink: Sink, *, weight: float = 1.0) -> Es
     with phase("mep: contrast"):
         ends = [Phase(end, b, w) for end, (b, w) in zip(phases, nodes, strict=True)]
         for signal in how.energy.signals(free, ends, weight / len(free.loss)):
-            sink(signal)
+            sink(owned(free, signal))
     return found
 
 

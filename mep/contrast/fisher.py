@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mep.contrast.mixed import owned
 from mep.curvature import Signal
 from mep.energies import FreePhase
 
@@ -62,7 +63,8 @@ def free_sweeps(
         found: dict[int, list[Signal]] = defaultdict(list)
         for block, point, e in zip(free.chain, free.points, errors, strict=True):
             for signal in block.signals(point, e, 1 / len(free.loss)):
-                found[id(signal.parameter)].append(signal)
+                own = owned(free, signal)
+                found[id(own.parameter)].append(own)
         yield found
 
 

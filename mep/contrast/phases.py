@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from functools import cache
-from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mep.blocks import Chain
+from mep.contrast.mixed import twin_of
+from mep.contrast.seen import Seen
 from mep.contrast.settings import Settings
 from mep.contrast.strength import strength_of
 from mep.couplings import Coupled, Couplings
@@ -26,48 +26,8 @@ __all__ = ["all_finite", "chain_of", "check_input", "energy_of", "free_phase"]
 # From so many tensors on, finding those that lie in a row takes less time than it saves.
 _MANY = 16
 
-_chains: WeakKeyDictionary[nn.Module, dict[tuple[str, str], tuple[list[_Seen], Any]]]
+_chains: WeakKeyDictionary[nn.Module, dict[tuple[str, str], tuple[list[Seen], Any]]]
 _chains = WeakKeyDictionary()
-
-
-class _Seen:
-    """What a chain has frozen of a module: its children, its mode and numbers, its hooks."""
-
-    __slots__ = ("children", "hooks", "numbers", "read", "size", "state")  # there are thousands
-
-    def __init__(self, module: nn.Module) -> None:
-        self.state = vars(module)
-        plain = tuple(name for name, v in self.state.items() if _is_plain(v))
-        self.read = _reader(plain)
-        self.numbers, self.size = self.read(self.state), len(self.state)
-        self.hooks = self._hooks()
-        self.children = [*self.state["_modules"].values()]
-
-    def _hooks(self) -> tuple[int, int]:
-        return len(self.state["_forward_hooks"]), len(self.state["_forward_pre_hooks"])
-
-    def unchanged(self) -> bool:
-        """True if the module is as it was."""
-        state = self.state
-        try:
-            same = len(state) == self.size and self.read(state) == self.numbers
-            modules = state["_modules"]
-        except KeyError:  # an attribute is gone
-            return False
-        # Most modules have no children, and a list takes time.
-        parts = [*modules.values()] if modules else []
-        return same and self._hooks() == self.hooks and parts == self.children
-
-
-@cache
-def _reader(names: tuple[str, ...]) -> itemgetter:
-    return itemgetter("training", *names)
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
 
 
 def energy_of(model: nn.Module | None, energy: Energy | None = None) -> Energy:
@@ -95,7 +55,7 @@ def chain_of(
         chain = energy.read(model, gradient_method)
         # A model that is itself a block's module would be kept alive by its own entry.
         if not any(module is model for block in chain.blocks for module in block.modules):
-            known[key] = [_Seen(module) for module in model.modules()], chain
+            known[key] = [Seen(module) for module in model.modules()], chain
     return chain
 
 
@@ -125,12 +85,22 @@ def free_phase(
             f"`feedback={how.settler.feedback!r}` keeps weights of its own, which live in an "
             "EPOptimizer: call its step(x=..., target=...), or use feedback='transpose' here"
         )
-    chain = chain_of(model, how.gradient_method, how.energy)
+    chain, twin = chain_of(model, how.gradient_method, how.energy), twin_of(model)
     how.energy.check(chain, how.settler)
     check_input(chain, x)
+    if twin is not None:
+        if feedback:
+            raise ValueError(
+                f"`feedback={how.settler.feedback!r}` keeps weights of its own, which autocast "
+                "does not reach: convert the model instead, model.bfloat16()"
+            )
+        chain = chain_of(twin.model, how.gradient_method, how.energy)
+        x, target = twin.given(x), twin.given(target)
     with phase("mep: settle"):
         beta = strength_of(how.beta, lambda: 1.0)
-        return how.energy.free(chain, x, target, how.cost, how.settler, beta, feedback)
+        free = how.energy.free(chain, x, target, how.cost, how.settler, beta, feedback)
+    free.twin = twin
+    return free
 
 
 def check_input(model: Chain | Couplings | nn.Module, x: Tensor) -> None:

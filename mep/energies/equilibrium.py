@@ -86,7 +86,7 @@ class Equilibrium:
         gain: 1: the nudging strength is relative already.
     """
 
-    feedback = None
+    feedback = twin = None
     gain = 1.0
 
     @torch.no_grad()

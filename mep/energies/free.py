@@ -44,7 +44,10 @@ class FreePhase:
         target: the prepared target.
         loss: cost per sample, shape ``(B,)``.
         cost_gradient: ``dC/ds_L`` at the free output.
+        twin: of the model whose phase it is, in another type; None if it is that of the model.
     """
+
+    twin: Any = None
 
     def __init__(
         self,
@@ -121,3 +124,5 @@ class FreePhase:
         """Makes the free phase's running statistics permanent: once per step."""
         for block, point in zip(self.chain.blocks, self.points, strict=True):
             block.commit(point)
+        if self.twin is not None:
+            self.twin.commit()

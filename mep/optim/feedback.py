@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mep.blocks import Chain
+from mep.contrast import Settings, chain_of
+from mep.settling import KOLEN_POLLACK, TRANSPOSE
 from mep.updates import Rule
 
-__all__ = ["check_learning", "feedback_weights"]
+__all__ = ["check_learning", "feedback_weights", "learning"]
 
 
 def feedback_weights(
-    chain: Chain, states: dict[int, dict[str, Any]], feedback: str
-) -> dict[int, Tensor]:
+    model: nn.Module, how: Settings, states: dict[int, dict[str, Any]]
+) -> dict[int, Tensor] | None:
     """Returns the feedback matrix of every block above the first, by the ``id`` of its weight.
 
     Missing ones are drawn, normal with the weight's own mean square (or one over the number of
@@ -24,17 +25,23 @@ def feedback_weights(
     ``"feedback"`` in the weight's state dictionary.
 
     Args:
-        chain: the chain.
+        model: the model.
+        how: the strategy, whose settler says what carries errors down.
         states: state dictionaries by the ``id`` of the parameter.
-        feedback: the option's value, for messages.
+
+    Returns:
+        None where it is the transposes.
 
     Raises:
         ValueError: if a block has no weight that could be replaced, or one is not optimized.
 
     Source: Lillicrap et al. 2016.
     """
+    feedback = how.settler.feedback
+    if feedback == TRANSPOSE:
+        return None
     found = {}
-    for i, block in enumerate(chain.blocks[1:]):
+    for i, block in enumerate(chain_of(model, how.gradient_method, how.energy).blocks[1:]):
         weight = block.feedback_weight
         if weight is None and any(True for _ in block.parameters()):
             raise ValueError(
@@ -53,6 +60,11 @@ def feedback_weights(
             state["feedback"] = _draw(weight, i)
         found[id(weight)] = state["feedback"]
     return found
+
+
+def learning(how: Settings, feedback: Mapping[int, Tensor] | None) -> Mapping[int, Tensor]:
+    """Returns those feedback weights that learn, by the ``id`` of the weight they belong to."""
+    return feedback if feedback and how.settler.feedback == KOLEN_POLLACK else {}
 
 
 def check_learning(groups: Sequence[dict[str, Any]], feedback: Container[int], rule: Rule) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,11 +28,12 @@ from mep.contrast import (
     settings,
 )
 from mep.contrast.flat import Room
+from mep.contrast.mixed import full, mixed, refuse_mixed, wanted
 from mep.energies import Cost, Energy, FreePhase, cost_of
 from mep.memory import Plan, phase
 from mep.optim.blockwise import BlockUpdates, by_block
 from mep.optim.budget import budget_of
-from mep.optim.feedback import check_learning, feedback_weights
+from mep.optim.feedback import check_learning, feedback_weights, learning
 from mep.optim.flat import FlatSteps
 from mep.optim.gradients import Gradients
 from mep.optim.groups import check_own, roles
@@ -41,7 +42,7 @@ from mep.optim.sources import Batch, by_backprop, by_contrast
 from mep.optim.tasks import consolidate, penalty_of
 from mep.optim.updating import Roles, Updating
 from mep.optim.wording import chosen_of, with_settler
-from mep.settling import CONVERGED, KOLEN_POLLACK, TRANSPOSE, Limit, Solver, Sweep
+from mep.settling import CONVERGED, KOLEN_POLLACK, Limit, Solver, Sweep
 from mep.updates import Rule
 
 __all__ = ["EPOptimizer"]
@@ -55,9 +56,10 @@ class EPOptimizer(Saved):
     ``loss.backward(); opt.step()``. ``step(x=, target=)`` neither reads nor writes ``.grad``.
 
     What a scheduler may change (``lr``, ``momentum``, ``weight_decay``, ``lr_scale``) stands in the
-    parameter groups; what shapes the computation is fixed at construction. No loss scaling is
-    needed in float32 and bfloat16: do not use a ``GradScaler``, it would divide an EP gradient
-    that was never multiplied.
+    parameter groups; what shapes the computation is fixed at construction. Under
+    ``torch.autocast(device, torch.bfloat16)`` a step settles copies of the weights in bfloat16 and
+    updates the weights themselves. No loss scaling is needed: do not use a ``GradScaler``, it would
+    divide an EP gradient that was never multiplied.
 
     Args:
         params: parameters or groups, as for any torch optimizer. All must belong to ``model``.
@@ -279,7 +281,11 @@ class EPOptimizer(Saved):
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
         # Other solvers take many steps: what they leave is better freed. A budget counts it, too.
         few = isinstance(self.how.settler, (Sweep, Limit)) and self._budget is None
-        with torch.no_grad(), self._buffers.lend() if few else nullcontext():
+        with (
+            torch.no_grad(),
+            mixed(x) if self.mode == "ep" else nullcontext(),
+            self._buffers.lend() if few else nullcontext(),
+        ):
             if self.blockwise:
                 return self._step_blockwise(self.model, x, target)
             batch = self._estimate(self.model, x, target, flat=few)
@@ -322,7 +328,7 @@ class EPOptimizer(Saved):
         if self.mode == "backprop":
             observes = self._updating.observes
             return by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
-        if flat:
+        if flat and wanted() is None:
             found = self._flat.take(model, x, target, self.how, self.param_groups, self.state)
             if found is not None:
                 self.last = found
@@ -333,10 +339,11 @@ class EPOptimizer(Saved):
         return batch
 
     def _step_blockwise(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        refuse_mixed(self._option)
         feedback = self._feedback(model)
         updates = BlockUpdates(
             self._updating, self.param_groups, self._roles, self.state,
-            self._factored | self._folded, self._twins(feedback),
+            self._factored | self._folded, learning(self.how, feedback),
         )  # fmt: skip
         how = replace(self.how, beta=self.easing.eased(self.how.beta))
         if self._budget is not None:
@@ -368,27 +375,18 @@ class EPOptimizer(Saved):
     def _apply(
         self, gradients: Gradients, groups: list[dict[str, Any]], free: FreePhase | None
     ) -> None:
-        twins = self._twins(free.feedback if free else None)
+        twins = learning(self.how, free.feedback if free else None)
         with phase("mep: update"):
             self._updating.apply(gradients, groups, self._roles, self.state, twins)
 
-    def _twins(self, feedback: Mapping[int, Tensor] | None) -> Mapping[int, Tensor]:
-        """Feedback weights that learn, by the id of the weight they belong to."""
-        learned = self.how.settler.feedback == KOLEN_POLLACK
-        return feedback if learned and feedback else {}
-
     def _feedback(self, model: nn.Module) -> dict[int, Tensor] | None:
-        feedback = self.how.settler.feedback
-        if feedback == TRANSPOSE:
-            return None
-        states = {id(p): self.state[p] for p in self._parameters()}
-        chain = chain_of(model, self.how.gradient_method, self.how.energy)
-        return feedback_weights(chain, states, feedback)
+        return feedback_weights(model, self.how, {id(p): self.state[p] for p in self._parameters()})
 
     def _observe(self, free: FreePhase) -> bool:
-        return self._updating.observe(
-            self._parameters(), self._roles, self.state, partial(free_signals, free)
-        )
+        with full(free.loss.device):
+            return self._updating.observe(
+                self._parameters(), self._roles, self.state, partial(free_signals, free)
+            )
 
     def _count(self, usable: bool) -> None:
         self.skipped_in_a_row = 0 if usable else self.skipped_in_a_row + 1

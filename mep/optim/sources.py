@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.contrast import Estimate, Settings, contrast, free_phase
+from mep.contrast.mixed import full
 from mep.contrast.phases import check_input
 from mep.energies import FreePhase
 from mep.optim.gradients import Gradients
@@ -66,7 +67,8 @@ def by_backprop(
 
     wanted = [p for p in owned if p.requires_grad]
     try:
-        free = free_phase(model, x, target, how) if with_free else None
+        with full(x.device):
+            free = free_phase(model, x, target, how) if with_free else None
         with torch.enable_grad():
             loss = how.cost.mean(model(x), target)
             found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mep.continual import EWC, Penalty
 from mep.continual.fisher import Loader, of_task
 from mep.contrast import Settings
+from mep.contrast.mixed import full
 
 __all__ = ["consolidate", "penalty_of"]
 
@@ -52,5 +53,5 @@ def consolidate(
         fisher, samples = getattr(penalty, "fisher", "empirical"), getattr(penalty, "samples", None)
         task = lambda: of_task(model, loader, how, fisher, samples)  # noqa: E731
     own = [p for p in parameters if p.requires_grad]
-    with torch.no_grad():
+    with torch.no_grad(), full(parameters[0].device):
         penalty.remember(own, [states[p] for p in own], task)
