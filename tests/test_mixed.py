@@ -97,6 +97,25 @@ def test_running_statistics_are_those_of_float32():
     assert any(not torch.equal(b, torch.zeros_like(b)) for b in model.buffers())
 
 
+def test_other_buffers_keep_their_digits():
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("by", torch.linspace(0.1, 0.9, 16))
+            self.register_buffer("steps", torch.tensor(2**24 + 1))
+
+        def forward(self, s):
+            self.steps += 1
+            return s + self.by
+
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(5, 16), Shift(), nn.Linear(16, CLASSES)), batch()
+    with BF16:
+        assert mep.estimate(model, x, y).converged
+    assert torch.equal(model[1].by, torch.linspace(0.1, 0.9, 16))
+    assert int(model[1].steps) == 2**24 + 2
+
+
 def test_model_is_followed():
     """Weights that were changed, frozen, replaced; dropout that was switched off."""
     model, (x, y) = nn.Sequential(nn.Linear(5, 9), nn.Dropout(0.5), nn.Linear(9, CLASSES)), batch()

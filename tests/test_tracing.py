@@ -240,6 +240,25 @@ class DataDependent(TwoInputs):
         return self.layer(x) if x.sum() > 0 else x
 
 
+class Counting(nn.Module):
+    """Statistics written by hand, in place or not."""
+
+    def __init__(self, in_place=True):
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x):
+        if self.in_place:
+            self.calls += 1
+            self.mean.mul_(0.5).add_(0.5 * x.detach().mean(0))
+        else:
+            self.calls, self.mean = self.calls + 1, 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        return x - self.mean
+
+
 def hooked():
     model = nn.Sequential(nn.Linear(3, 3))
     model.register_forward_hook(lambda module, inputs, output: output)
@@ -256,6 +275,7 @@ REFUSED = {
     "two outputs": (TwoOutputs, "returns several values"),
     "dropout": (FunctionalDropout, "functional dropout"),
     "data": (DataDependent, "cannot be recorded"),
+    "statistics": (Counting, "changes `mean`, `calls`.*submodule"),
     "hooks": (hooked, "forward hooks"),
     "norm": (shared_norm, "keeps buffers"),
     "empty": (lambda: nn.Sequential(nn.Tanh()), "no parameters"),
@@ -307,6 +327,24 @@ def test_data_dependent_submodule_is_one_block():
         at.model[0].bias.fill_(9.0)  # the branch with the layer
     mep.estimate(at.model, at.x, at.y, settler=mep.Limit())
     assert distance([p.grad for p in at.model.parameters()], backprop(at)) < EXACT
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_statistics_written_by_hand_move_once_per_step(in_place):
+    """Recorded once and for all, they would stand still; or move at every evaluation."""
+    at, inner = problem("mlp"), Counting(in_place)
+    at.model = nn.Sequential(nn.Linear(6, 3), inner, nn.Tanh(), nn.Linear(3, 4)).double()
+    means = []
+    for step in range(3):
+        with torch.no_grad():
+            expected = 0.5 * inner.mean + 0.5 * at.model[0](at.x).mean(0)
+        assert mep.estimate(at.model, at.x, at.y).converged
+        assert int(inner.calls) == step + 1
+        assert torch.allclose(inner.mean, expected, atol=1e-12)
+        means.append(inner.mean.clone())
+    assert not torch.equal(means[0], means[2])
+    mep.trace(at.model)
+    assert int(inner.calls) == 3
 
 
 def swap_layer(model):

@@ -6,6 +6,8 @@ cut wherever the graph narrows to one tensor, so a residual or attention block i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -90,6 +92,26 @@ def _stays_whole(module: nn.Module) -> bool:
     return _record(module)[0] is None
 
 
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[list[str]]:
+    """Undoes what happens to buffers; the list that it yields names those, afterwards."""
+    known = [
+        (f"{path}.{name}".lstrip("."), module._buffers, name, b, b._version, b.clone())
+        for path, module in model.named_modules()
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for path, home, name, b, version, value in known:
+            if home.get(name) is not b or b._version != version:
+                changed.append(f"`{path}`")
+                home[name] = b
+                b.data.copy_(value)
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _stays_whole(m)
@@ -98,7 +120,13 @@ class _Tracer(fx.Tracer):
 def _record(model: nn.Module) -> tuple[fx.Graph | None, str]:
     """Returns the graph of a module's forward, or None and what to do about it."""
     try:
-        graph = _Tracer().trace(model)
+        with _buffers_kept(model) as changed:
+            graph = _Tracer().trace(model)
+        if changed:
+            return None, (
+                f"forward changes {', '.join(changed)}, which a recording would do once and for "
+                "all; move that into a submodule, which then becomes one block"
+            )
         # A value that is never used (`out, _ = attend(...)`) must not keep a cut from closing.
         ends = ("placeholder", "output")
         graph.eliminate_dead_code(lambda n: n.op in ends or works_in_place(n, model))

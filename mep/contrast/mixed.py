@@ -151,9 +151,10 @@ class Twin:
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Gives running statistics back to the original."""
+        """Gives running statistics back to the original; what has not changed keeps its digits."""
         for own, master in self._buffers:
-            master.copy_(own)
+            same = own == master.to(own.dtype)
+            master.copy_(torch.where(same, master, own.to(master.dtype)))
 
     def _narrowed(self, t: Tensor) -> Tensor:
         return t.to(self.dtype) if t.is_floating_point() else t
