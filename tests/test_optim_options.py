@@ -1,16 +1,19 @@
 """Every option changes the result; a settling that diverges changes nothing."""
 
+import contextlib
 import copy
 import inspect
 
 import pytest
 import torch
+from problems import CLASSES, tanh_mlp
 from small_training import batch_of, distance, identical, network, train, weights
 from torch import nn
 
 import mep
 from mep.blocks.closed import ClosedBlock
 from mep.blocks.local import LocalBlock
+from mep.kernels import eager
 
 
 def after_three_steps(**options):
@@ -190,3 +193,50 @@ def test_max_skipped_zero_raises_at_the_first():
     _, opt = fragile(max_skipped=0)
     with pytest.raises(RuntimeError, match="1 updates in a row"):
         train(opt, 1, BAD)
+
+
+# --- a nudge that gives way ----------------------------------------------------------------------
+
+
+def curved(**options):
+    """Steps that one sweep does not settle at this strength, nor at half of it."""
+    torch.manual_seed(0)
+    model = tanh_mlp([6, 8, 8, CLASSES], gain=1.5)
+    beta = mep.AutoBeta(0.4, **options)
+    opt = mep.EPOptimizer(
+        model.parameters(), model=model, lr=0.0, beta=beta, settler=mep.Sweep(1, tol=0.02)
+    )
+    x, y = torch.randn(16, 6), torch.randint(0, CLASSES, (16,))
+    gain = mep.diagnose(model, x, y, beta=1e-3).c / 1e-3
+    found = []
+    for _ in range(12):
+        opt.step(x=x, target=y)
+        found.append((opt.last.beta * gain, opt.last.status))
+    return found, opt
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_nudge_backs_off_until_sweeps_settle(compiled, caplog):
+    with caplog.at_level("INFO", "mep"), contextlib.nullcontext() if compiled else eager():
+        found, opt = curved(back_off=True)
+    statuses = [status for _, status in found]
+    first = statuses.index("converged")
+    assert 1 < first < 6 and set(statuses[:first]) == {"not settled"}
+    expected = [0.4]
+    for status in statuses[:-1]:
+        expected.append(min(0.4, expected[-1] * (1.1 if status == "converged" else 0.5)))
+    assert [c for c, _ in found] == pytest.approx(expected, rel=1e-4)
+    assert len([r for r in caplog.records if "eased to" in r.message]) == 12 - statuses.count(
+        "converged"
+    )
+    assert copy.deepcopy(opt).easing == opt.easing
+    found, opt = curved()
+    assert {status for _, status in found} == {"not settled"} and opt.easing.factor == 1.0
+
+
+def test_backing_off_is_for_sweeps():
+    model = tanh_mlp([6, 8, CLASSES])
+    with pytest.raises(ValueError, match=r"back_off=True.*more steps"):
+        mep.EPOptimizer(
+            model.parameters(), model=model, beta=mep.AutoBeta(back_off=True), settle_steps=30
+        )

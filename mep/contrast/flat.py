@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from mep.contrast.layers import Layers, Parameters
 from mep.contrast.segments import Mark, Segments, Span
 from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
-from mep.contrast.strength import strength_of
+from mep.contrast.strength import AutoBeta, strength_of
 from mep.energies import CrossEntropy, PredictionError, Squared, SquaredError, usable_gain
 from mep.kernels import capture, capture_segments, kernels_of
 from mep.memory import Footprint, phase, show_use
@@ -66,7 +66,7 @@ class Flat:
 
     Args:
         layers: the net's.
-        how: the strategy, one that ``fits``.
+        how: the strategy, one that ``fits``; its strength is told step by step.
         room: what there is room for; another place may keep it.
     """
 
@@ -88,13 +88,20 @@ class Flat:
             and (type(cost) is SquaredError or (type(cost) is CrossEntropy and not cost.classes))
         )
 
-    def sweep(self, x: Tensor, target: Tensor, parameters: Parameters) -> Swept | None:
+    def goes_by(self, how: Settings) -> bool:
+        """Returns whether a strategy is the same but for its strength."""
+        return how is self.how or replace(how, beta=self.how.beta) == self.how
+
+    def sweep(
+        self, x: Tensor, target: Tensor, parameters: Parameters, beta: float | AutoBeta
+    ) -> Swept | None:
         """Takes free phase, backward sweep and nudged sweeps; nothing here makes a graph.
 
         Args:
             x: input, ``(B, *in)``.
             target: target as the cost takes it.
             parameters: the layers' as they are now.
+            beta: strength of the nudge.
 
         Returns:
             None where the reference is asked for: tensors without kernels, an input that does not
@@ -113,9 +120,9 @@ class Flat:
             if captured is None:
                 return None
             show_use(captured.tensors, "states")
-            swept = self._settled(captured, a, target)
+            swept = self._settled(captured, a, target, beta)
         if swept is None and self._room.further and not captured.further:  # it has just turned out
-            return self.sweep(x, target, parameters)
+            return self.sweep(x, target, parameters, beta)
         return swept
 
     def _capture_for(
@@ -138,18 +145,20 @@ class Flat:
             self._known = known
         return self._captured
 
-    def _settled(self, captured: Captured, a: Tensor, target: Tensor) -> Swept | None:
+    def _settled(
+        self, captured: Captured, a: Tensor, target: Tensor, nudge: float | AutoBeta
+    ) -> Swept | None:
         y = self.how.cost.prepare(target, captured.output).contiguous().resolve_neg()
         fallen = captured.fall(a, y)
         size = fallen.top + fallen.below
         if not math.isfinite(fallen.loss + size + fallen.entering):
             return None
         gain = usable_gain(size / fallen.top if fallen.top else math.nan, len(self.layers))
-        beta = strength_of(self.how.beta, lambda: gain)
+        beta = strength_of(nudge, lambda: gain)
         loss = torch.tensor(fallen.loss, dtype=a.dtype, device=a.device)
         if isinstance(self.how.settler, Limit):
-            nudge = sample_norm(captured.gradient)
-            found = Estimate(loss, Residual(nudge.sign(), nudge), 0, LIMIT, beta)
+            own = sample_norm(captured.gradient)
+            found = Estimate(loss, Residual(own.sign(), own), 0, LIMIT, beta)
         else:
             end = self._sweeps(captured, beta)
             if end is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mep.contrast.stencils import Stencil, one_sided
-from mep.contrast.strength import AutoBeta, check_beta
+from mep.contrast.strength import AutoBeta, Easing, check_beta
 from mep.energies import Cost, Energy, PredictionError, cost_of
-from mep.settling import Solver
+from mep.settling import Anderson, Solver, Sweep
 
 __all__ = ["Settings", "settings"]
 
@@ -31,6 +31,15 @@ class Settings:
         """
         free = self.energy.contrasts_free
         return [(b, w) for b, w in self.stencil(beta) if b != 0 or free]
+
+    @property
+    def backs_off(self) -> bool:
+        """Whether the nudge gives way where a batch has not settled."""
+        return isinstance(self.beta, AutoBeta) and self.beta.back_off
+
+    def eased(self, easing: Easing) -> Settings:
+        """Returns the strategy for the next batch."""
+        return replace(self, beta=easing.eased(self.beta))
 
 
 def settings(
@@ -61,7 +70,7 @@ def settings(
         raise ValueError(
             f"`gradient_method` must be 'analytic' or 'autograd', got {gradient_method!r}"
         )
-    return Settings(
+    found = Settings(
         cost_of(cost),
         check_beta(beta),
         settler or energy.default_solver,
@@ -69,6 +78,12 @@ def settings(
         energy,
         gradient_method,
     )
+    if found.backs_off and not isinstance(found.settler, (Sweep, Anderson)):
+        raise ValueError(
+            f"`AutoBeta(back_off=True)` helps sweeps to settle; what {found.settler} leaves does "
+            "not depend on the nudge: allow it more steps"
+        )
+    return found
 
 
 def _check_stencil(stencil: Stencil, energy: Energy) -> None:

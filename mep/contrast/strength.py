@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mep.settling import CONVERGED
 
 __all__ = ["AutoBeta", "Easing", "check_beta", "strength_of"]
+
+_log = logging.getLogger("mep")
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,21 @@ class AutoBeta:
 
     Args:
         c: relative nudge, > 0. ``beta="auto"`` is ``AutoBeta(0.05)``.
+        back_off: whether an optimizer's next nudge gives way where a batch has not settled. What
+            sweeps leave unsettled is the share of the curvature in the nudge: a residual above 1
+            says that no number of them would do, and half the nudge leaves half of it.
 
     Raises:
         ValueError: if ``c`` is not a positive finite number.
 
     >>> AutoBeta(c=0.5)
-    AutoBeta(c=0.5)
+    AutoBeta(c=0.5, back_off=False)
 
     Source: this library's own; the gain follows from the equilibrium equations, see the README.
     """
 
     c: float = 0.05
+    back_off: bool = False
 
     def __post_init__(self) -> None:
         if not (self.c > 0 and math.isfinite(self.c)):
@@ -59,7 +66,7 @@ def check_beta(beta: float | str | AutoBeta) -> float | AutoBeta:
 
 @dataclass
 class Easing:
-    """A nudge that gives way where settling is judged only after the update.
+    """A nudge that gives way, where it was asked to or settling is judged only after the update.
 
     Attributes:
         factor: on the nudging strength; halved after a batch that has not settled, restored by a
@@ -68,7 +75,7 @@ class Easing:
     >>> easing = Easing()
     >>> easing.learn("not settled")
     >>> easing.eased(AutoBeta(0.05))
-    AutoBeta(c=0.025)
+    AutoBeta(c=0.025, back_off=False)
     """
 
     factor: float = 1.0
@@ -76,13 +83,16 @@ class Easing:
     def eased(self, beta: float | AutoBeta) -> float | AutoBeta:
         """Returns the strength for the next batch."""
         if isinstance(beta, AutoBeta):
-            return AutoBeta(beta.c * self.factor)
+            return replace(beta, c=beta.c * self.factor)
         return beta * self.factor
 
     def learn(self, status: str) -> None:
         """Takes note of how a batch has settled."""
-        settled = status == CONVERGED
-        self.factor = min(1.0, self.factor * 1.1) if settled else max(2**-10, self.factor / 2)
+        if status == CONVERGED:
+            self.factor = min(1.0, self.factor * 1.1)
+            return
+        self.factor = max(2**-10, self.factor / 2)
+        _log.info("%s: the next nudge is eased to %.2g of what it was to be", status, self.factor)
 
 
 def strength_of(beta: float | AutoBeta, gain: Callable[[], float]) -> float:

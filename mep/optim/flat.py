@@ -72,7 +72,7 @@ class FlatSteps:
         if parameters is None:
             return None
         assert self._flat is not None
-        swept = self._flat.sweep(x, target, parameters)
+        swept = self._flat.sweep(x, target, parameters, how.beta)
         if swept is None:
             return None
         with phase("mep: update"):
@@ -82,7 +82,7 @@ class FlatSteps:
         self, chain: Any, how: Settings, groups: Sequence[dict[str, Any]]
     ) -> Parameters | None:
         """Returns the layers' parameters if the chain fits, and all of them are in some group."""
-        if self._flat is None or self._chain is not chain or self._flat.how is not how:
+        if self._flat is None or self._chain is not chain or not self._flat.goes_by(how):
             layers = layers_of(chain) if Flat.fits(how) else None
             if layers is None:
                 return None

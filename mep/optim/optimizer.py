@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -274,21 +273,20 @@ class EPOptimizer(Saved):
             return self._step_on_grad(closure)
         if x is None or target is None or closure is not None:
             raise ValueError(
-                "give both `x` and `target`, and no closure with them (Lightning's wrapper adds "
-                "one: call opt.optimizer.step(x=..., target=...) there)"
+                "give both `x` and `target`, and no closure with them (Lightning adds one: use "
+                "opt.optimizer.step(x=..., target=...) there)"
             )
         if self.model is None:
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
         # Other solvers take many steps: what they leave is better freed. A budget counts it, too.
         few = isinstance(self.how.settler, (Sweep, Limit)) and self._budget is None
-        with (
-            torch.no_grad(),
-            mixed(x) if self.mode == "ep" else nullcontext(),
-            self._buffers.lend() if few else nullcontext(),
-        ):
+        lent = self._buffers.lend() if few else nullcontext()
+        with torch.no_grad(), mixed(x) if self.mode == "ep" else nullcontext(), lent:
             if self.blockwise:
                 return self._step_blockwise(self.model, x, target)
             batch = self._estimate(self.model, x, target, flat=few)
+            if self.last is not None and self.how.backs_off:
+                self.easing.learn(self.last.status)
             if isinstance(batch, Estimate):
                 self._count(True)
                 return batch.loss
@@ -328,13 +326,14 @@ class EPOptimizer(Saved):
         if self.mode == "backprop":
             observes = self._updating.observes
             return by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
+        how = self.how.eased(self.easing) if self.how.backs_off else self.how
         if flat and wanted() is None:
-            found = self._flat.take(model, x, target, self.how, self.param_groups, self.state)
+            found = self._flat.take(model, x, target, how, self.param_groups, self.state)
             if found is not None:
                 self.last = found
                 return found
-        free = free_phase(model, x, target, self.how, self._feedback(model))
-        batch = by_contrast(free, self.how, Gradients(self._factored, self._folded))
+        free = free_phase(model, x, target, how, self._feedback(model))
+        batch = by_contrast(free, how, Gradients(self._factored, self._folded))
         self.last = batch.estimate
         return batch
 
@@ -345,7 +344,7 @@ class EPOptimizer(Saved):
             self._updating, self.param_groups, self._roles, self.state,
             self._factored | self._folded, learning(self.how, feedback),
         )  # fmt: skip
-        how = replace(self.how, beta=self.easing.eased(self.how.beta))
+        how = self.how.eased(self.easing)
         if self._budget is not None:
             self.last = self._budget.contrast(model, x, target, how, updates, feedback)
         else:
