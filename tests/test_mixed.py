@@ -1,5 +1,6 @@
 """Steps under autocast: settled in bfloat16, learned in float32."""
 
+import contextlib
 import copy
 
 import pytest
@@ -94,7 +95,12 @@ def test_running_statistics_are_those_of_float32():
     for ours, theirs in zip(model.buffers(), twin.buffers(), strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.allclose(ours.double(), theirs.double(), atol=0.01, rtol=0.02)
-    assert any(not torch.equal(b, torch.zeros_like(b)) for b in model.buffers())
+    # Buffers may be replaced, as by a way to another type and back; the twin follows.
+    model.double().float()
+    before = [b.clone() for b in model.buffers()]
+    with BF16:
+        mep.estimate(model, x + 3, y)
+    assert all(not torch.equal(b, old) for b, old in zip(model.buffers(), before, strict=True))
 
 
 def test_other_buffers_keep_their_digits():
@@ -150,7 +156,10 @@ def test_nothing_changes_without_autocast(monkeypatch):
     assert taken and opt.last.residual.dtype == torch.float32
     with BF16:
         opt.step(x=x, target=y)
-    assert len(taken) == 1 and torch.is_autocast_enabled("cpu") is False
+        with pytest.raises(ValueError, match="does not fit"):
+            opt.step(x=x[:, :3], target=y)
+        assert torch.is_autocast_enabled("cpu")
+    assert len(taken) == 1
     model.double()
     with BF16:
         mep.estimate(model, x.double(), y)
@@ -167,6 +176,88 @@ def test_backprop_is_torch_s_own():
         nn.functional.cross_entropy(twin(x), y).backward()
     other.step()
     assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
+
+
+@pytest.mark.parametrize("mode", ["ep", "backprop"])
+def test_several_steps_in_one_context(mode):
+    """Autocast keeps copies of weights as long as it lasts, but not of those that have moved."""
+    x, y = batch()
+    losses = []
+    for whole in (True, False):
+        model, seen = small(), []
+        opt = mep.EPOptimizer(model.parameters(), model=model, mode=mode, lr=0.5)
+        with BF16 if whole else contextlib.nullcontext():
+            for _ in range(5):
+                with contextlib.nullcontext() if whole else BF16:
+                    seen.append(float(opt.step(x=x, target=y)))
+                    seen.append(float(model(x).detach().sum()))
+        losses.append(seen)
+    assert losses[0] == losses[1] and losses[0][8] < losses[0][0]
+
+
+def test_cost_is_taken_in_full_precision():
+    """Loss and targets keep their digits."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(4, 5)
+    target = torch.tensor([[257.25, 301.5]]).expand(4, 2)
+    opt = mep.EPOptimizer(model.parameters(), model=model, lr=0.0, cost="mse")
+    with BF16:
+        loss = opt.step(x=x, target=target)
+        output = mep.settle(model, x, target, cost="mse").configuration.free[-1]
+    exact = 0.5 * (output.double() - target).square().sum(1).mean()
+    assert loss.dtype == torch.float32 and abs(loss / exact - 1) < 1e-4
+
+
+def test_hooks_are_the_model_s():
+    """Those that were replaced between two steps, too."""
+    model, (x, y), calls = small(), batch(), []
+    for name in "ab":
+        handle = model[2].register_forward_hook(lambda *_, name=name: calls.append(name))
+        with BF16:
+            mep.estimate(model, x, y)
+        handle.remove()
+    assert calls[0] == "a" and calls[-1] == "b" and calls == sorted(calls)
+
+
+def test_tensors_that_are_shared_stay_shared():
+    class Masked(nn.Module):
+        def __init__(self, mask):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.register_buffer("mask", mask)
+
+        def forward(self, x):
+            return self.layer(x) * self.mask
+
+    class Twice(nn.Module):
+        def __init__(self, mask):
+            super().__init__()
+            self.one, self.two = Masked(mask), Masked(mask)
+            self.two.layer.weight = self.one.layer.weight
+
+        def forward(self, x):
+            return x + self.two(torch.tanh(self.one(x)))
+
+    torch.manual_seed(0)
+    mask, (x, y) = torch.linspace(0.1, 1, 8), batch()
+    model = nn.Sequential(nn.Linear(5, 8), Twice(mask), nn.Linear(8, CLASSES))
+    with BF16:
+        assert mep.estimate(model, x, y).converged
+        model[2].bias = None
+        assert mep.estimate(model, x, y).converged
+        with mep.contrast.mixed.mixed(x):
+            twin = twin_of(model).model[1]
+    assert twin.one.mask is twin.two.mask and twin.one.layer.weight is twin.two.layer.weight
+    assert twin.one.mask.dtype == torch.bfloat16 and model[1].one.mask is mask
+
+
+def test_settle_shows_what_a_step_does():
+    model, (x, y) = small(), batch()
+    with BF16:
+        found, step = mep.settle(model, x, y), mep.estimate(model, x, y)
+    assert torch.equal(found.residual, step.residual)
+    with torch.autocast("cpu", torch.float16), pytest.raises(TypeError, match="bfloat16"):
+        mep.settle(model, x, y)
 
 
 @pytest.mark.parametrize("mode", ["ep", "backprop"])
@@ -226,7 +317,11 @@ def test_diagnosis_compares_with_full_precision():
     ],
 )
 def test_what_it_does_not_reach_is_refused(options, message):
-    model, (x, y) = small(), batch()
+    model, (x, y) = small().bfloat16(), batch()
+    opt = mep.EPOptimizer(model.parameters(), model=model, lr=0.1, **options)
+    with BF16:  # as the message says
+        opt.step(x=x.bfloat16(), target=y)
+    model = small()
     opt = mep.EPOptimizer(model.parameters(), model=model, lr=0.1, **options)
     before = flat(model.parameters()).detach().clone()
     with BF16, pytest.raises(ValueError, match=message):

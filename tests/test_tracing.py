@@ -347,6 +347,23 @@ def test_statistics_written_by_hand_move_once_per_step(in_place):
     assert int(inner.calls) == 3
 
 
+def test_buffers_that_are_replaced_are_noticed():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("by", torch.ones(4).double())
+
+        def forward(self, x):
+            return x * self.by
+
+    at = problem("mlp")
+    at.model = nn.Sequential(nn.Linear(6, 4), Scaled(), nn.Linear(4, 4)).double()
+    first = mep.estimate(at.model, at.x, at.y).loss
+    at.model[1].by = torch.zeros(4).double()
+    assert mep.estimate(at.model, at.x, at.y).loss != first
+    assert torch.equal(mep.free_states(at.model, at.x)[-1], at.model(at.x))
+
+
 def swap_layer(model):
     model[2] = nn.Linear(4, 2)
 

@@ -122,6 +122,7 @@ class Flat:
             show_use(captured.tensors, "states")
             swept = self._settled(captured, a, target, beta)
         if swept is None and self._room.further and not captured.further:  # it has just turned out
+            del captured  # before there are others
             return self.sweep(x, target, parameters, beta)
         return swept
 
@@ -170,7 +171,7 @@ class Flat:
                 return None
             found = Estimate(loss, balance, sweeps, status, beta)
         # |G| <= |e| |a| / B for every gradient, and what is below a bias is 1 for every sample.
-        most = math.sqrt(size * (captured.active() + fallen.entering + len(a)))
+        most = math.sqrt(captured.errors() * (captured.active() + fallen.entering + len(a)))
         return Swept(found, captured) if most <= torch.finfo(a.dtype).max else None
 
     def _sweeps(self, captured: Captured, beta: float) -> tuple[Tensor, Tensor, float, int] | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mep.contrast.mixed import mixed
 from mep.contrast.phases import chain_of, check_input, energy_of, free_phase
 from mep.contrast.settings import settings
 from mep.contrast.strength import AutoBeta, strength_of
@@ -178,7 +179,7 @@ def settle(
         cost=cost, beta=beta, settler=settler, energy=energy_of(model, energy),
         gradient_method=gradient_method,
     )  # fmt: skip
-    with torch.no_grad():
+    with torch.no_grad(), mixed(x):
         free = free_phase(model, x, target, how)
         return run(how.energy.nudged(free, strength_of(how.beta, lambda: free.gain)), how.settler)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -78,21 +79,25 @@ def wanted() -> torch.dtype | None:
     return _wanted.get()
 
 
-def refuse_mixed(option: str) -> None:
+def refuse_mixed(option: str, model: nn.Module) -> None:
     """Refuses ``mixed`` for an option that changes weights while they are in use.
 
     Raises:
         ValueError: naming the option.
     """
-    if wanted() is not None:
+    if wanted() is not None and _has_twin(model):
         raise ValueError(
             f"{option} updates weights during the nudged sweep, and autocast takes copies of them "
             "before: convert the model instead, model.bfloat16()"
         )
 
 
+def _has_twin(model: nn.Module) -> bool:
+    return any(p.dtype == torch.float32 for p in model.parameters())
+
+
 class Twin:
-    """A model in another type, with the original's weights.
+    """A model in another type, with the original's weights and its hooks.
 
     Normalisations with running statistics stay as they are: averages would stall in few digits.
 
@@ -106,39 +111,49 @@ class Twin:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.model, self.dtype = copy.deepcopy(model), dtype
+        self.dtype = dtype
         self._seen = [Seen(module) for module in model.modules()]
-        for module in self.model.modules():
-            if not isinstance(module, _NormBase):
-                module._apply(self._narrowed, recurse=False)
-        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
-        self._masters = {id(own): (own, master) for own, master in pairs}
-        self._buffers = [*zip(self.model.buffers(), model.buffers(), strict=True)]
+        norms = (module for module in model.modules() if isinstance(module, _NormBase))
+        wide = {id(t) for module in norms for t in _tensors(module)}
+        self._masters = _tensors(model)
+        self._kinds = [(t.dtype, t.device) for t in self._masters]
+        self._own = [self._copy(t, narrow=id(t) not in wide) for t in self._masters]
+        pairs = [*zip(self._masters, self._own, strict=True)]
+        self._master_of = {id(own): master for master, own in pairs}
+        # What is copied has these for its own: the same tensors, and the original's very hooks.
+        known: dict[int, Any] = {id(master): own for master, own in pairs}
+        for module in model.modules():
+            known |= {id(each): each for each in (module._forward_hooks, module._forward_pre_hooks)}
+        self.model = copy.deepcopy(model, known)
+
+    def _copy(self, t: Tensor, *, narrow: bool) -> Tensor:
+        dtype = self.dtype if narrow and t.is_floating_point() else t.dtype
+        own = torch.empty_like(t, dtype=dtype, requires_grad=False)
+        return nn.Parameter(own, t.requires_grad) if isinstance(t, nn.Parameter) else own
 
     def is_of(self, model: nn.Module, dtype: torch.dtype) -> bool:
         """Returns whether it still is the twin of a model."""
-        same = [master for _, master in self._masters.values()]
         if dtype != self.dtype or not all(seen.unchanged() for seen in self._seen):
             return False
-        return all(a is b for a, b in zip(same, model.parameters(), strict=True))
+        now = _tensors(model)
+        same = len(now) == len(self._masters) and all(map(is_, now, self._masters))
+        return same and [(t.dtype, t.device) for t in now] == self._kinds
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies the original's weights and buffers."""
-        pairs = [*self._masters.values()]
-        for own, master in pairs:
-            own.requires_grad_(master.requires_grad)
-        pairs += self._buffers
-        for own, master in pairs:
+        for own, master in zip(self._own, self._masters, strict=True):
             own.copy_(master)
+            if isinstance(own, nn.Parameter):
+                own.requires_grad_(master.requires_grad)
 
-    def given(self, t: Any) -> Any:
-        """Returns an input or a target in the twin's type, unless it holds whole numbers."""
-        return t.to(self.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+    def given(self, x: Tensor) -> Tensor:
+        """Returns an input in the twin's type, unless it holds whole numbers."""
+        return x.to(self.dtype) if x.is_floating_point() else x
 
     def signal(self, signal: Signal) -> Signal:
         """Returns a signal of the original's weight, in that one's type."""
-        _, master = self._masters[id(signal.parameter)]
+        master = self._master_of[id(signal.parameter)]
         form, rows, each = signal.form, signal.rows, signal.per_sample
         return replace(
             signal,
@@ -152,18 +167,20 @@ class Twin:
     @torch.no_grad()
     def commit(self) -> None:
         """Gives running statistics back to the original; what has not changed keeps its digits."""
-        for own, master in self._buffers:
-            same = own == master.to(own.dtype)
-            master.copy_(torch.where(same, master, own.to(master.dtype)))
+        for own, master in zip(self._own, self._masters, strict=True):
+            if not isinstance(own, nn.Parameter):
+                same = own == master.to(own.dtype)
+                master.copy_(torch.where(same, master, own.to(master.dtype)))
 
-    def _narrowed(self, t: Tensor) -> Tensor:
-        return t.to(self.dtype) if t.is_floating_point() else t
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def twin_of(model: nn.Module) -> Twin | None:
     """Returns the model's twin with its weights as they are now; None outside ``mixed``."""
     dtype = wanted()
-    if dtype is None or all(p.dtype != torch.float32 for p in model.parameters()):
+    if dtype is None or not _has_twin(model):
         return None
     known = _twins.get(model)
     if known is None or not known.is_of(model, dtype):

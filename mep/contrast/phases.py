@@ -16,7 +16,7 @@ from mep.contrast.seen import Seen
 from mep.contrast.settings import Settings
 from mep.contrast.strength import strength_of
 from mep.couplings import Coupled, Couplings
-from mep.energies import Energy, Hopfield, PredictionError
+from mep.energies import Energy, Hopfield, PredictionError, Widened
 from mep.kernels import rows
 from mep.memory import phase
 from mep.settling import TRANSPOSE
@@ -85,9 +85,10 @@ def free_phase(
             f"`feedback={how.settler.feedback!r}` keeps weights of its own, which live in an "
             "EPOptimizer: call its step(x=..., target=...), or use feedback='transpose' here"
         )
-    chain, twin = chain_of(model, how.gradient_method, how.energy), twin_of(model)
+    chain, cost = chain_of(model, how.gradient_method, how.energy), how.cost
     how.energy.check(chain, how.settler)
     check_input(chain, x)
+    twin = twin_of(model)
     if twin is not None:
         if feedback:
             raise ValueError(
@@ -95,10 +96,10 @@ def free_phase(
                 "does not reach: convert the model instead, model.bfloat16()"
             )
         chain = chain_of(twin.model, how.gradient_method, how.energy)
-        x, target = twin.given(x), twin.given(target)
+        x, cost = twin.given(x), Widened(cost)
     with phase("mep: settle"):
         beta = strength_of(how.beta, lambda: 1.0)
-        free = how.energy.free(chain, x, target, how.cost, how.settler, beta, feedback)
+        free = how.energy.free(chain, x, target, cost, how.settler, beta, feedback)
     free.twin = twin
     return free
 

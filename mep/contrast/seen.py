@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from operator import itemgetter
+from operator import is_, itemgetter
 
 from torch import nn
 
@@ -11,9 +11,14 @@ __all__ = ["Seen"]
 
 
 class Seen:
-    """What a chain has frozen of a module: its children, its mode and numbers, its hooks."""
+    """What a chain has frozen of a module: its children, mode, numbers and buffers, its hooks.
 
-    __slots__ = ("children", "hooks", "numbers", "read", "size", "state")  # there are thousands
+    Numbers in lists and dictionaries of a module's own are read once.
+    """
+
+    __slots__ = (  # there are thousands
+        "buffers", "children", "hooks", "numbers", "read", "size", "state",
+    )  # fmt: skip
 
     def __init__(self, module: nn.Module) -> None:
         self.state = vars(module)
@@ -22,6 +27,7 @@ class Seen:
         self.numbers, self.size = self.read(self.state), len(self.state)
         self.hooks = self._hooks()
         self.children = [*self.state["_modules"].values()]
+        self.buffers = [*self.state["_buffers"].values()]
 
     def _hooks(self) -> tuple[int, int]:
         return len(self.state["_forward_hooks"]), len(self.state["_forward_pre_hooks"])
@@ -31,12 +37,14 @@ class Seen:
         state = self.state
         try:
             same = len(state) == self.size and self.read(state) == self.numbers
-            modules = state["_modules"]
+            modules, buffers = state["_modules"], state["_buffers"]
         except KeyError:  # an attribute is gone
             return False
-        # Most modules have no children, and a list takes time.
+        # Most modules have none of them, and a list takes time.
         parts = [*modules.values()] if modules else []
-        return same and self._hooks() == self.hooks and parts == self.children
+        tensors = [*buffers.values()] if buffers else []
+        same = same and len(tensors) == len(self.buffers) and parts == self.children
+        return same and self._hooks() == self.hooks and all(map(is_, tensors, self.buffers))
 
 
 @cache

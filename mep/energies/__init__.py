@@ -1,6 +1,6 @@
 """Energies of a chain, costs at its output, and the nudged problem they pose."""
 
-from mep.energies.costs import Cost, CrossEntropy, SquaredError, cost_of
+from mep.energies.costs import Cost, CrossEntropy, SquaredError, Widened, cost_of
 from mep.energies.differentiable import differentiable_states
 from mep.energies.energy import Energy, Phase
 from mep.energies.equilibrium import contraction, forward_start, settled_states
@@ -28,6 +28,7 @@ __all__ = [
     "Squared",
     "SquaredError",
     "States",
+    "Widened",
     "contraction",
     "cost_of",
     "differentiable_states",

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from mep.kernels import cross_entropy
 
-__all__ = ["Cost", "CrossEntropy", "SquaredError", "cost_of"]
+__all__ = ["Cost", "CrossEntropy", "SquaredError", "Widened", "cost_of"]
 
 
 class Cost(ABC):
     """A cost per sample, ``C(s, y)``, and its exact gradient in the output."""
 
-    name: ClassVar[str]
-    curvature: ClassVar[float] = 0.0  # what is known of the second derivative, in every direction
+    name: str
+    curvature: float = 0.0  # what is known of the second derivative, in every direction
 
     @abstractmethod
     def prepare(self, target: Tensor, output: Tensor) -> Tensor:
@@ -225,6 +225,43 @@ class SquaredError(Cost):
 
     def gradient(self, s: Tensor, y: Tensor) -> Tensor:
         return s - y
+
+
+class Widened(Cost):
+    """A cost of states in few digits, taken in float32; its gradients are in the states' type.
+
+    Args:
+        inner: the cost.
+
+    >>> s = torch.tensor([[1.0, 300.0]], dtype=torch.bfloat16)
+    >>> cost = Widened(SquaredError())
+    >>> y = cost.prepare(torch.tensor([[1.0, 301.0]]), s)
+    >>> cost.value(s, y)
+    tensor([0.5000])
+    """
+
+    def __init__(self, inner: Cost) -> None:
+        self.inner = inner
+        self.name, self.curvature = inner.name, inner.curvature
+
+    def prepare(self, target: Tensor, output: Tensor) -> Tensor:
+        return self.inner.prepare(target, output.float())
+
+    def value(self, s: Tensor, y: Tensor) -> Tensor:
+        return self.inner.value(s.float(), y)
+
+    def gradient(self, s: Tensor, y: Tensor) -> Tensor:
+        return self.inner.gradient(s.float(), y).to(s.dtype)
+
+    def both(self, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = self.inner.both(s.float(), y)
+        return value, gradient.to(s.dtype)
+
+    def directions(self, s: Tensor) -> Iterator[Tensor]:
+        return (v.to(s.dtype) for v in self.inner.directions(s.float()))
+
+    def drawn(self, s: Tensor) -> Tensor:
+        return self.inner.drawn(s.float()).to(s.dtype)
 
 
 def _softmax(s: Tensor) -> Tensor:

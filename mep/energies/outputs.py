@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mep.energies.costs import Cost, CrossEntropy
+from mep.energies.costs import Cost, CrossEntropy, Widened
 
 __all__ = ["KL", "OutputEnergy", "Squared"]
 
@@ -114,12 +114,13 @@ class KL(OutputEnergy):
     def respond(self, v: Tensor, f: Tensor, cost: Cost, y: Tensor, beta: float) -> Tensor:
         if f.dim() != 2:
             raise ValueError(f"the KL output energy needs outputs (B, classes), got {f.dim()}-d")
-        if isinstance(cost, CrossEntropy) and cost.classes is not None:
+        plain = cost.inner if isinstance(cost, Widened) else cost
+        if isinstance(plain, CrossEntropy) and plain.classes is not None:
             raise ValueError(
                 "the KL output energy takes a cost of all outputs, not "
-                f"CrossEntropy(classes={cost.classes}): use energy=mep.PredictionError()"
+                f"CrossEntropy(classes={plain.classes}): use energy=mep.PredictionError()"
             )
-        if isinstance(cost, CrossEntropy) and self.temperature == 1.0:
+        if isinstance(plain, CrossEntropy) and self.temperature == 1.0:
             return _target_rise(f, y, beta)
         return self._newton(v, f, cost, y, beta)
 

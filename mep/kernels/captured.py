@@ -123,6 +123,10 @@ class Captured:
         # A small reduction takes torch ten times as long.
         return Fallen(float(self._loss.numpy().mean(dtype=np.float64)), top, below, entering)
 
+    def errors(self) -> float:
+        """Returns the squares of all errors, of the sweep taken last."""
+        return float(self._sums[:, :2].sum())
+
     def active(self) -> float:
         """Returns the squares of all activities, of the nudged states once there are some."""
         return float(self._sums[:, 3].sum())
@@ -138,6 +142,7 @@ class Captured:
 
     def again(self) -> tuple[Tensor, Tensor, float]:
         """Takes one more, for which there must be room; returns the same."""
+        self._sums[:, :2] = 0
         return self._sweep(again, 2)
 
     def _sweep(self, loop: Any, passes: int) -> tuple[Tensor, Tensor, float]:

@@ -105,7 +105,10 @@ def _add_forces(exact, kind, s_, y_, p_, e_, above_, d_, forces_, rows, n):
 
 @njit(inline="always")
 def _down(head, tables, lo, rows, beta):
-    """Errors at the nudged states, from the output's: minus the cost's gradient there."""
+    """Errors at the nudged states, from the output's, minus the cost's gradient there.
+
+    Returns the squares of that one.
+    """
     width, kind, weight, _, _, _, skip, s, y, p, e, _, d = tables
     top = head[AT.depth] - 1
     size, at = rows * width[top], 4 * lo * width[top]
@@ -122,16 +125,17 @@ def _down(head, tables, lo, rows, beta):
             _exact(tables, k - 1), kind[k - 1], s[k - 1] + at, y[k - 1] + at, own, e[k - 1] + at,
             above if skip[k] != 0 else 0, d[k - 1] + at, beta, rows * below,
         )  # fmt: skip
+    return square(e[top] + 4 * lo * width[top], size)
 
 
 @njit(inline="always")
 def _up(head, tables, lo, rows, beta):
-    """Displacements under these errors; forces; returns squares of all activities.
+    """Displacements under these errors; forces; squares of all errors and of all activities.
 
     A ramp's error changes once more: the product below it is not what it was on the way down.
     """
     width, kind, weight, _, _, _, skip, s, y, p, e, _, d = tables
-    sgemm, top, active = head[AT.sgemm], head[AT.depth] - 1, 0.0
+    sgemm, top, errors, active = head[AT.sgemm], head[AT.depth] - 1, 0.0, 0.0
     change, forces = head[AT.change] + 4 * lo * head[AT.most], head[AT.forces] + 8 * lo
     clear(d[0] + 4 * lo * width[0], rows * width[0])
     numba.carray(doubles(forces), (rows,))[:] = 0
@@ -154,6 +158,7 @@ def _up(head, tables, lo, rows, beta):
             )  # fmt: skip
         if k < top:
             moved_from(kind[k], s[k] + at, d[k] + at, change, y[k] + at, rows, n)
+            errors += square(e[k] + at, rows * n)
             active += square(y[k] + at, rows * n)
             above, keep = width[k + 1], _f32(0)
             there = d[k + 1] + 4 * lo * above
@@ -161,7 +166,7 @@ def _up(head, tables, lo, rows, beta):
                 copy(there, d[k] + at, rows * n)
                 keep = _f32(1)
             product(sgemm, N, T, rows, above, n, 1.0, change, n, weight[k + 1], n, keep, there)
-    return active
+    return errors, active
 
 
 def again(job):
@@ -169,7 +174,7 @@ def again(job):
     head, tables = read(job)
     lo, rows = share(head, head[AT.batch])
     before, sums, beta = alone(head), lane_sums(head), strength(head)
-    _down(head, tables, lo, rows, beta)
-    sums[3] = _up(head, tables, lo, rows, beta)
+    sums[0] = _down(head, tables, lo, rows, beta)
+    sums[1], sums[3] = _up(head, tables, lo, rows, beta)
     finish(head, tables, lo, rows, beta)
     as_before(head, before)

@@ -99,7 +99,8 @@ class EPOptimizer(Saved):
         skipped: updates skipped so far because settling diverged or loss or gradients were not
             finite.
         unsettled: updates made on the way whose residual turned out to be above tolerance.
-        easing, room: what unsettled batches have led to; see there.
+        easing, room: what batches that did not settle have led to: a weaker nudge, and memory for
+            further sweeps.
         plan: how the last step kept to the memory budget; None without one.
 
     Raises:
@@ -338,7 +339,7 @@ class EPOptimizer(Saved):
         return batch
 
     def _step_blockwise(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-        refuse_mixed(self._option)
+        refuse_mixed(self._option, model)
         feedback = self._feedback(model)
         updates = BlockUpdates(
             self._updating, self.param_groups, self._roles, self.state,
@@ -377,6 +378,7 @@ class EPOptimizer(Saved):
         twins = learning(self.how, free.feedback if free else None)
         with phase("mep: update"):
             self._updating.apply(gradients, groups, self._roles, self.state, twins)
+        torch.clear_autocast_cache()  # of weights as they were
 
     def _feedback(self, model: nn.Module) -> dict[int, Tensor] | None:
         return feedback_weights(model, self.how, {id(p): self.state[p] for p in self._parameters()})
