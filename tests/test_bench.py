@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -367,3 +368,24 @@ def test_diagnosis(data, tmp_path):
     assert made.summary["cosine"] == found.cosine and made.summary["layers"] == 3
     figure = diagnose_bench.plot(made)
     publish(tmp_path, made, diagnose_bench.table(made), figure, "diagnosis.png")
+
+
+def test_dirty_is_what_makes_records_not_the_records(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    code, kept = tmp_path / "mep" / "record.py", tmp_path / "results" / "record.json"
+    for path in (code, kept):
+        path.parent.mkdir()
+        path.write_text("1")
+    git("init")
+    monkeypatch.setattr(mep.bench.record, "__file__", str(code))
+    assert mep.bench.record._commit() == (None, None)
+    git("add", "-A")
+    git("commit", "-m", "one")
+    assert mep.bench.record._commit()[1] is False
+    kept.write_text("2")
+    assert mep.bench.record._commit()[1] is False
+    code.write_text("2")
+    assert mep.bench.record._commit()[1] is True

@@ -131,13 +131,15 @@ def _cpu() -> str:
 def _commit() -> tuple[str | None, bool | None]:
     """Commit and dirty flag, only if this very file is under version control.
 
-    An installed copy inside somebody else's repository must not be given that one's commit.
+    An installed copy inside somebody else's repository must not be given that one's commit. Records
+    that have been made again since are no change of what makes them.
     """
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
     commit = _git("rev-parse", "HEAD") if tracked else None
     if not commit:
         return None, None
-    return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
+    others = (":/", ":(top,exclude)results")
+    return commit, bool(_git("status", "--porcelain", "--untracked-files=no", "--", *others))
 
 
 def _git(*arguments: str) -> str | None:
