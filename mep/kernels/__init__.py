@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mep.kernels.captured import Captured
     from mep.kernels.cpu import Kernels
     from mep.kernels.gpu import GpuLoops
+    from mep.kernels.library import Native
     from mep.kernels.loops import Loops
     from mep.kernels.segments import CapturedSegments
 
@@ -138,14 +139,12 @@ def capture(
         limit: whether there will be no nudged sweep.
         further: whether there may be more than one.
     """
-    numbers, found = _numbers(activations, x), native()
-    if numbers is None or found is None or not _fit(weights, biases, skips, x):
-        return None
-    if not squared and len(weights[-1]) > _MOST_CLASSES:
+    known = _known(activations, weights, biases, skips, x)
+    if known is None or (not squared and len(weights[-1]) > _MOST_CLASSES):
         return None
     from mep.kernels.captured import Captured
 
-    return Captured(found, numbers, weights, biases, skips, len(x), squared, limit, further)
+    return Captured(*known, weights, biases, skips, len(x), squared, limit, further)
 
 
 def capture_segments(
@@ -167,12 +166,27 @@ def capture_segments(
     Returns:
         The passes, and the activations' numbers.
     """
-    numbers, found = _numbers(activations, x), native()
-    if numbers is None or found is None or not _fit(weights, biases, skips, x):
+    known = _known(activations, weights, biases, skips, x)
+    if known is None:
         return None
     from mep.kernels.segments import CapturedSegments
 
+    found, numbers = known
     return CapturedSegments(found, len(x)), numbers
+
+
+def _known(
+    activations: Sequence[str],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    skips: Sequence[bool],
+    x: Tensor,
+) -> tuple[Native, list[int]] | None:
+    """Returns what a perceptron's passes call, and its activations' numbers; None without."""
+    numbers, found = _numbers(activations, x), native()
+    if numbers is None or found is None or not _fit(weights, biases, skips, x):
+        return None
+    return found, numbers
 
 
 def _numbers(activations: Sequence[str], x: Tensor) -> list[int] | None:
