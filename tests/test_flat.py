@@ -147,6 +147,31 @@ FURTHER = {
 }
 
 
+DESCENT = {
+    "tanh": Case(options={"settler": mep.GradientDescent(10)}),
+    "relu": Case(RELU, options={"settler": mep.GradientDescent(10, lr=0.1, momentum=0.8)}),
+    "no momentum": Case(options={"settler": mep.GradientDescent(5, momentum=0.0), "beta": 0.1}),
+    "two activations": Case(
+        FLAT["two activations"].build, options={"settler": mep.GradientDescent(7)}
+    ),
+    "other widths": Case(
+        lambda: net(5, 17, 6, 11, CLASSES), options={"settler": mep.GradientDescent(10)}
+    ),
+    "residual, some": Case(
+        partial(residual, nn.ReLU, 2), options={"settler": mep.GradientDescent(10, lr=0.1)}
+    ),
+    "residual, last": Case(
+        FLAT["residual, last"].build, options={"settler": mep.GradientDescent(10)}
+    ),
+    "mse": Case(options={"cost": "mse", "settler": mep.GradientDescent(10)}),
+    "until settled": Case(options={"settler": mep.GradientDescent(200, tol=0.3)}),
+    "until it stalls": Case(
+        options={"settler": mep.GradientDescent(200, lr=0.7, momentum=0.9, tol=1e-6, patience=3)}
+    ),
+    "other batch sizes": Case(options={"settler": mep.GradientDescent(10)}, batches=(6, 1, 9, 6)),
+}
+
+
 class Halved(mep.SGD):
     """A rule with a step of its own."""
 
@@ -179,7 +204,8 @@ LEFT = {
     "KL": Case(options={"energy": mep.PredictionError(mep.KL())}),
     "autograd": Case(options={"gradient_method": "autograd"}),
     "feedback": Case(options={"settler": mep.Sweep(1, feedback="random")}),
-    "descent": Case(options={"settler": mep.GradientDescent(30)}),
+    "too few steps": Case(options={"settler": mep.GradientDescent(4)}),
+    "stops before all layers": Case(options={"settler": mep.GradientDescent(9, tol=0.95)}),
     "clipped": Case(options={"clip_norm": 0.1}),
     "muon": Case(options={"update": mep.Route(mep.Muon(ns_dtype=None))}),
     "constraint": Case(options={"constraint": mep.SpectralNorm()}),
@@ -255,10 +281,30 @@ def test_further_sweeps_are_the_reference_s(case, taken, monkeypatch):
     assert max(sweeps for _, sweeps in trained(case)[-1]) > 1
 
 
+@pytest.mark.parametrize("case", DESCENT.values(), ids=DESCENT)
+def test_descent_is_the_reference_s(case, taken, monkeypatch):
+    test_flat_step_is_the_reference_s(case, taken, monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore:settling diverged")
+def test_descent_that_diverges_changes_nothing(taken):
+    model = net()
+    settler = mep.GradientDescent(60, lr=3.0)
+    opt = optimizer(Case(options={"settler": settler}), model)
+    before = flat(model.parameters()).detach().clone()
+    opt.step(**batch())
+    assert opt.skipped == 1 and opt.last.status == "diverged" and taken == [False]
+    assert torch.equal(flat(model.parameters()), before)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("teams", [True, False], ids=["teams", "no teams"])
 @pytest.mark.parametrize("sizes", [(40, 96, 96, 96, 10), (40, 96, 33, 70, 10), ()])
-@pytest.mark.parametrize("more", [{}, STRONG], ids=["one sweep", "several"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, STRONG, {"settler": mep.GradientDescent(10)}],
+    ids=["one sweep", "several", "descent"],
+)
 def test_threads_share_the_samples(threads, teams, sizes, more, monkeypatch, taken):
     """Where there is work for several, with and without a way to call them together."""
     build = partial(net, *sizes) if sizes else partial(residual, nn.Tanh, ends=(40, 96))
@@ -282,6 +328,7 @@ def test_threads_share_the_samples(threads, teams, sizes, more, monkeypatch, tak
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.filterwarnings("ignore:.*layers get no signal")
 @pytest.mark.parametrize("name", LEFT)
 def test_what_is_not_plain_is_left_to_the_reference(name, taken, monkeypatch):
     found = trained(LEFT[name])

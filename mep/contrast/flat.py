@@ -26,7 +26,17 @@ from mep.contrast.strength import AutoBeta, strength_of
 from mep.energies import CrossEntropy, PredictionError, Squared, SquaredError, usable_gain
 from mep.kernels import capture, capture_segments, kernels_of
 from mep.memory import Footprint, phase, show_use
-from mep.settling import DIVERGED, LIMIT, TRANSPOSE, Limit, Residual, Sweep, verdict
+from mep.settling import (
+    DIVERGED,
+    LIMIT,
+    TRANSPOSE,
+    GradientDescent,
+    Limit,
+    Residual,
+    Sweep,
+    may_stop,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from mep.kernels.captured import Captured
@@ -77,11 +87,11 @@ class Flat:
 
     @staticmethod
     def fits(how: Settings) -> bool:
-        """Returns whether all that is asked for is sweeps."""
+        """Returns whether all that is asked for is sweeps, or steps downhill."""
         settler, cost = how.settler, how.cost
-        sweeps = type(settler) is Sweep and settler.feedback == TRANSPOSE
         return (
-            (sweeps or type(settler) is Limit)
+            type(settler) in (Limit, Sweep, GradientDescent)
+            and settler.feedback == TRANSPOSE
             and how.stencil is one_sided
             and type(how.energy) is PredictionError
             and type(how.energy.output) is Squared
@@ -95,7 +105,7 @@ class Flat:
     def sweep(
         self, x: Tensor, target: Tensor, parameters: Parameters, beta: float | AutoBeta
     ) -> Swept | None:
-        """Takes free phase, backward sweep and nudged sweeps; nothing here makes a graph.
+        """Takes free phase, backward sweep and nudged phase; nothing here makes a graph.
 
         Args:
             x: input, ``(B, *in)``.
@@ -112,7 +122,7 @@ class Flat:
         """
         if not isinstance(x, Tensor) or x.dim() < 2 or not x.numel():
             return None
-        if x.dim() > 2 and not self.layers.flattens:
+        if (x.dim() > 2 and not self.layers.flattens) or self._is_short(self.how.settler.max_steps):
             return None
         with phase("mep: settle"):
             a = _entering(x)
@@ -121,7 +131,7 @@ class Flat:
                 return None
             show_use(captured.tensors, "states")
             swept = self._settled(captured, a, target, beta)
-        if swept is None and self._room.further and not captured.further:  # it has just turned out
+        if swept is None and captured.settling != self._settling:  # one was not enough
             del captured  # before there are others
             return self.sweep(x, target, parameters, beta)
         return swept
@@ -132,16 +142,16 @@ class Flat:
         """Returns the tensors of a step; the last ones, where nothing has become another."""
         if kernels_of(self.layers.activations[0], a) is None:
             return None
-        further = self._room.further
-        known: list[Any] = [a.shape, further]
+        settling = self._settling
+        known: list[Any] = [a.shape, settling]
         for p in (*weights, *biases):
             known.append(p is not None and (p.data_ptr(), p.shape, p.dtype, p.is_contiguous()))
         if known != self._known:
             squared = type(self.how.cost) is SquaredError
             self._captured = None  # before there are others
-            limit, layers = isinstance(self.how.settler, Limit), self.layers
+            layers = self.layers
             self._captured = capture(
-                layers.activations, weights, biases, layers.skips, a, squared, limit, further
+                layers.activations, weights, biases, layers.skips, a, squared, settling
             )
             self._known = known
         return self._captured
@@ -161,34 +171,63 @@ class Flat:
             own = sample_norm(captured.gradient)
             found = Estimate(loss, Residual(own.sign(), own), 0, LIMIT, beta)
         else:
-            end = self._sweeps(captured, beta)
+            end = self._nudged(captured, beta)
             if end is None:
                 return None
-            *norms, median, sweeps = end
+            *norms, median, steps = end
             balance = Residual(*norms)
             status = verdict(balance, median, self.how.settler.tol)
             if status == DIVERGED:
                 return None
-            found = Estimate(loss, balance, sweeps, status, beta)
+            found = Estimate(loss, balance, steps, status, beta)
         # |G| <= |e| |a| / B for every gradient, and what is below a bias is 1 for every sample.
         most = math.sqrt(captured.errors() * (captured.active() + fallen.entering + len(a)))
         return Swept(found, captured) if most <= torch.finfo(a.dtype).max else None
 
-    def _sweeps(self, captured: Captured, beta: float) -> tuple[Tensor, Tensor, float, int] | None:
-        """Sweeps until it has settled, as the settling loop does.
+    @property
+    def _settling(self) -> str:
+        """What a step needs room for."""
+        if isinstance(self.how.settler, GradientDescent):
+            return "descent"
+        if isinstance(self.how.settler, Limit):
+            return "limit"
+        return "sweeps" if self._room.further else "sweep"
+
+    def _is_short(self, steps: int) -> bool:
+        """Whether steps downhill are too few to reach every layer: the reference says so."""
+        return isinstance(self.how.settler, GradientDescent) and steps < len(self.layers)
+
+    def _nudged(self, captured: Captured, beta: float) -> tuple[Tensor, Tensor, float, int] | None:
+        """Settles the nudged phase, as the settling loop does.
 
         Returns:
-            Residuals and nudges per sample, the residuals' median, and how many sweeps it took;
-            None if there is no room for another one yet.
+            Residuals and nudges per sample, the residuals' median, and how many sweeps or steps it
+            took; None if there is no room for another sweep yet, or nothing to settle.
         """
         settler = self.how.settler
+        if isinstance(settler, GradientDescent):
+            return self._downhill(captured, beta, settler)
         found, sweeps = captured.rise(beta), 1
         while sweeps < settler.max_steps and (settler.tol is None or found[2] > settler.tol):
-            if not captured.further:
+            if captured.settling == "sweep":
                 self._room.further = True
                 return None
             found, sweeps = captured.again(), sweeps + 1
         return *found, sweeps
+
+    def _downhill(
+        self, captured: Captured, beta: float, settler: GradientDescent
+    ) -> tuple[Tensor, Tensor, float, int] | None:
+        captured.begin(beta, settler.lr, settler.momentum)
+        if settler.tol is None:
+            return *captured.relax(settler.max_steps), settler.max_steps
+        history = [float(sample_norm(captured.gradient).sign().median())]
+        found = None
+        while len(history) <= settler.max_steps and not may_stop(settler, history):
+            found = captured.relax(1)
+            history.append(found[2])
+        steps = len(history) - 1
+        return None if found is None or self._is_short(steps) else (*found, steps)
 
 
 @dataclass(frozen=True, slots=True)

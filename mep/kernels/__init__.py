@@ -124,8 +124,7 @@ def capture(
     skips: Sequence[bool],
     x: Tensor,
     squared: bool,
-    limit: bool,
-    further: bool,
+    settling: str,
 ) -> Captured | None:
     """Returns what a perceptron's steps need, or None where there are no kernels for them.
 
@@ -136,15 +135,15 @@ def capture(
         skips: whether a skip leads around a layer.
         x: an input like those to come, ``(B, in)``.
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
-        limit: whether there will be no nudged sweep.
-        further: whether there may be more than one.
+        settling: what there is to be room for: ``"limit"``, ``"sweep"``, ``"sweeps"``, or
+            ``"descent"``.
     """
     known = _known(activations, weights, biases, skips, x)
     if known is None or (not squared and len(weights[-1]) > _MOST_CLASSES):
         return None
     from mep.kernels.captured import Captured
 
-    return Captured(*known, weights, biases, skips, len(x), squared, limit, further)
+    return Captured(*known, weights, biases, skips, len(x), squared, settling)
 
 
 def capture_segments(

@@ -10,13 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mep.kernels.descent import begin, relax
 from mep.kernels.further import again
 from mep.kernels.job import NUMBERS, SUMS, Job, addresses, empty
 from mep.kernels.library import Native
 from mep.kernels.perceptron import fall, learn, rise
 from mep.kernels.team import call
 
-__all__ = ["Captured", "Fallen"]
+__all__ = ["DESCENT", "LIMIT", "SWEEP", "SWEEPS", "Captured", "Fallen"]
+
+# What there is room for: no nudged phase, one sweep, any number of them, steps downhill.
+LIMIT, SWEEP, SWEEPS, DESCENT = "limit", "sweep", "sweeps", "descent"
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,13 @@ class Captured:
         skips: whether a skip leads around a layer, which is as wide as high then.
         batch: number of samples.
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
-        limit: whether there will be no nudged sweep.
-        further: whether there may be more than one.
+        settling: of the nudged phase, one of ``LIMIT``, ``SWEEP``, ``SWEEPS``, ``DESCENT``.
 
     Attributes:
         tensors: all that there is, for those who count.
         output: the free output, ``(B, out)``; good until the next step.
         gradient: of the cost there.
-        further: whether there is room for more than one sweep.
+        settling: see above; what there is room for.
         numbers: ``(2, L, 5)``, for weights and biases: rate, momentum, decay in the gradient and
             out of it, 1 for Nesterov's momentum.
     """
@@ -68,17 +71,16 @@ class Captured:
         skips: Sequence[bool],
         batch: int,
         squared: bool,
-        limit: bool,
-        further: bool,
+        settling: str,
     ) -> None:
         depth, widths, most = len(weights), [len(w) for w in weights], max(map(len, weights))
-        self._native, self._batch, self.further = found, batch, further
+        self._native, self._batch, self.settling = found, batch, settling
         self._work = batch * sum(w.numel() for w in weights)
         self._job = Job(depth)
         self.tensors: list[Tensor] = [self._job.tensor]  # addresses are good as long as these live
         self._batch_in_use: tuple[Tensor, ...] = ()
         states, errors = self._rooms(widths), [0] * (depth - 1)
-        if limit or further or any(skips):
+        if settling != SWEEP or any(skips):
             errors = addresses(self._rooms(widths[:-1]))
         errors.append(self._room(widths[-1]).data_ptr())
         self._job.fill(
@@ -91,12 +93,13 @@ class Captured:
                 self._room(n).data_ptr() if skip else e
                 for n, skip, e in zip(widths, [*skips[1:], False], errors, strict=True)
             ],
-            d=addresses(self._rooms(widths)) if further else [0] * depth,
+            d=addresses(self._rooms(widths)) if settling in (SWEEPS, DESCENT) else [0] * depth,
+            u=addresses(self._rooms(widths)) if settling == DESCENT else [0] * depth,
         )  # fmt: skip
         self.output, self.gradient = states[-1], self._room(widths[-1])
         self._loss = self._room(1).view(-1)
         self._sums = np.zeros((torch.get_num_threads(), SUMS))
-        self._beta, self.numbers = self._doubles(1), self._doubles(2, depth, NUMBERS)
+        self._beta, self.numbers = self._doubles(3), self._doubles(2, depth, NUMBERS)
         self._job.set(
             inputs=weights[0].shape[1], squared=squared, most=most,
             loss=self._loss.data_ptr(), gradient=self.gradient.data_ptr(),
@@ -144,6 +147,23 @@ class Captured:
         """Takes one more, for which there must be room; returns the same."""
         self._sums[:, :2] = 0
         return self._sweep(again, 2)
+
+    def begin(self, beta: float, rate: float, momentum: float) -> None:
+        """Begins to go downhill from the free states.
+
+        Args:
+            beta: nudging strength.
+            rate: step size.
+            momentum: of the states.
+        """
+        self._beta[:] = beta, rate, momentum
+        call(self._native, begin, self._job.array, self._batch, self._work)
+
+    def relax(self, steps: int) -> tuple[Tensor, Tensor, float]:
+        """Takes steps downhill; returns the same."""
+        self._sums[:, :2] = 0
+        self._job.set(steps=steps)
+        return self._sweep(relax, 2 * steps)
 
     def _sweep(self, loop: Any, passes: int) -> tuple[Tensor, Tensor, float]:
         residual, strength = empty(2, self._batch).unbind()

@@ -109,7 +109,7 @@ def _down(head, tables, lo, rows, beta):
 
     Returns the squares of that one.
     """
-    width, kind, weight, _, _, _, skip, s, y, p, e, _, d = tables
+    width, kind, weight, _, _, _, skip, s, y, p, e, _, d, _ = tables
     top = head[AT.depth] - 1
     size, at = rows * width[top], 4 * lo * width[top]
     error = numba.carray(floats(e[top] + at), (size,))
@@ -134,7 +134,7 @@ def _up(head, tables, lo, rows, beta):
 
     A ramp's error changes once more: the product below it is not what it was on the way down.
     """
-    width, kind, weight, _, _, _, skip, s, y, p, e, _, d = tables
+    width, kind, weight, _, _, _, skip, s, y, p, e, _, d, _ = tables
     sgemm, top, errors, active = head[AT.sgemm], head[AT.depth] - 1, 0.0, 0.0
     change, forces = head[AT.change] + 4 * lo * head[AT.most], head[AT.forces] + 8 * lo
     clear(d[0] + 4 * lo * width[0], rows * width[0])
@@ -176,5 +176,6 @@ def again(job):
     before, sums, beta = alone(head), lane_sums(head), strength(head)
     sums[0] = _down(head, tables, lo, rows, beta)
     sums[1], sums[3] = _up(head, tables, lo, rows, beta)
-    finish(head, tables, lo, rows, beta)
+    top = head[AT.depth] - 1
+    finish(head, tables, lo, rows, beta, tables[12][top] + 4 * lo * tables[0][top])
     as_before(head, before)

@@ -22,11 +22,11 @@ __all__ = ["AT", "HEAD", "NUMBERS", "SUMS", "TABLES", "Job", "addresses", "empty
            "read", "strength"]  # fmt: skip
 
 # Sizes; addresses of the input, the target, and results per sample; room for one thread after the
-# other, of `most` numbers a sample; the foot's displacement, 0 without a foot, and the top's; and
-# what is no whole number.
+# other, of `most` numbers a sample; the foot's displacement, 0 without a foot, and the top's;
+# what is no whole number; and how many steps are taken at once.
 _OWN = ("depth", "inputs", "squared", "x", "target", "loss", "gradient", "nudged", "residual",
         "strength", "most", "change", "moved", "norm", "forces", "enters", "leaves", "sums", "beta",
-        "numbers")  # fmt: skip
+        "numbers", "steps")  # fmt: skip
 HEAD = COMMON + len(_OWN)
 # Where they stand.
 AT = namedtuple("Places", ("sgemm", "batch", *_OWN))(0, 4, *range(COMMON, HEAD))
@@ -35,9 +35,10 @@ AT = namedtuple("Places", ("sgemm", "batch", *_OWN))(0, 4, *range(COMMON, HEAD))
 # there is one), product and error; what of the error has come through the next layer, all of it
 # unless a skip leads around that. Both are 0 for an error that only passes by on the way down: the
 # nudged sweep makes it of the product once more, and puts it there. And the state's displacement,
-# 0 where that only passes by. Where nothing is kept, layers of one width share their memory.
+# 0 where that only passes by, and its velocity. Where nothing is kept, layers of one width share
+# their memory.
 TABLES = ("width", "kind", "weight", "bias", "weight momentum", "bias momentum", "skip", "s", "y",
-          "p", "e", "through", "d")  # fmt: skip
+          "p", "e", "through", "d", "u")  # fmt: skip
 # Of one lane, added up over its samples: squares of the output's error, of those below, of the
 # input, and of the activities.
 SUMS = 4

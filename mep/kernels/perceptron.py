@@ -93,7 +93,7 @@ def _target(head, lo, n):
 @njit(inline="always")
 def _up(head, tables, lo, rows):
     """``s_k <- W_k phi(s_{k-1}) + b_k``; returns squares of the input and of all activities."""
-    width, kind, weight, bias, _, _, skip, s, y, _, _, _, _ = tables
+    width, kind, weight, bias, _, _, skip, s, y, _, _, _, _, _ = tables
     sgemm, depth, n_in = head[AT.sgemm], head[AT.depth], head[AT.inputs]
     a, entering, active = head[AT.x] + 4 * lo * n_in, 0.0, 0.0
     for k in range(depth):
@@ -122,7 +122,7 @@ def _up(head, tables, lo, rows):
 @njit(inline="always")
 def _down(head, tables, lo, rows):
     """``e_{k-1} <- phi' W_k^T e_k``; returns squares of the top's error, and of the others."""
-    width, kind, weight, _, _, _, skip, _, y, p, e, through, _ = tables
+    width, kind, weight, _, _, _, skip, _, y, p, e, through, _, _ = tables
     sgemm, top, total = head[AT.sgemm], head[AT.depth] - 1, 0.0
     passing = head[AT.change] + 4 * lo * head[AT.most]
     first = float(square(e[top] + 4 * lo * width[top], rows * width[top]))
@@ -146,7 +146,7 @@ def _nudge_all(head, tables, lo, rows, beta):
     There it lacks its ``beta e``. Activities become those of the nudged states; the squares of
     these are returned, and those of the forces added up per sample.
     """
-    width, kind, weight, _, _, _, skip, s, y, p, e, through, d = tables
+    width, kind, weight, _, _, _, skip, s, y, p, e, through, d, _ = tables
     sgemm, depth, most, active = head[AT.sgemm], head[AT.depth], head[AT.most], 0.0
     passing, change = head[AT.moved] + 4 * lo * most, head[AT.change] + 4 * lo * most
     forces = numba.carray(doubles(head[AT.forces] + 8 * lo), (rows,))
@@ -240,17 +240,23 @@ def rise(job):
     lo, rows = share(head, head[AT.batch])
     before, sums, beta = alone(head), lane_sums(head), strength(head)
     sums[3] = _nudge_all(head, tables, lo, rows, beta)
-    finish(head, tables, lo, rows, beta)
+    d, top = tables[12], head[AT.depth] - 1
+    passing = head[AT.moved] + 4 * lo * head[AT.most]
+    moved = d[top] + 4 * lo * tables[0][top] if d[top] != 0 else passing
+    finish(head, tables, lo, rows, beta, moved)
     as_before(head, before)
 
 
 @njit(inline="always")
-def finish(head, tables, lo, rows, beta):
-    """The cost's gradient at the nudged output, and residuals."""
-    width, s, e, d, top = tables[0], tables[7], tables[10], tables[12], head[AT.depth] - 1
+def finish(head, tables, lo, rows, beta, moved_):
+    """The cost's gradient at the nudged output, and residuals.
+
+    The output has been moved from below by what lies at ``moved_``, and by its error.
+    """
+    width, s, e, top = tables[0], tables[7], tables[10], head[AT.depth] - 1
     n = width[top]
     at, room = 4 * lo * n, 4 * lo * head[AT.most]
-    moved = numba.carray(floats(d[top] + at if d[top] != 0 else head[AT.moved] + room), (rows * n,))
+    moved = numba.carray(floats(moved_), (rows * n,))
     nudged = numba.carray(floats(head[AT.moved] + room), (rows * n,))
     output = numba.carray(floats(s[top] + at), (rows * n,))
     error = numba.carray(floats(e[top] + at), (rows * n,))
@@ -296,7 +302,7 @@ def learn(job):
 @njit(inline="always")
 def _learn(head, tables, k, a, n_in, numbers):
     """Lets layer k learn from the activity below it."""
-    width, _, weight, bias, weight_m, bias_m, _, _, _, p, e, _, _ = tables
+    width, _, weight, bias, weight_m, bias_m, _, _, _, p, e, _, _, _ = tables
     sgemm, batch, n = head[AT.sgemm], head[AT.batch], width[k]
     scale = -1.0 / batch
     lo, rows = share(head, n)  # of the weight, and of the bias

@@ -285,7 +285,7 @@ class EPOptimizer(Saved):
         with torch.no_grad(), mixed(x) if self.mode == "ep" else nullcontext(), lent:
             if self.blockwise:
                 return self._step_blockwise(self.model, x, target)
-            batch = self._estimate(self.model, x, target, flat=few)
+            batch = self._estimate(self.model, x, target)
             if self.last is not None and self.how.backs_off:
                 self.easing.learn(self.last.status)
             if isinstance(batch, Estimate):
@@ -320,15 +320,13 @@ class EPOptimizer(Saved):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _estimate(
-        self, model: nn.Module, x: Tensor, target: Tensor, *, flat: bool
-    ) -> Batch | Estimate:
+    def _estimate(self, model: nn.Module, x: Tensor, target: Tensor) -> Batch | Estimate:
         """Returns what an update takes, or the estimate alone if the step has been taken."""
         if self.mode == "backprop":
             observes = self._updating.observes
             return by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
         how = self.how.eased(self.easing) if self.how.backs_off else self.how
-        if flat and wanted() is None:
+        if wanted() is None:
             found = self._flat.take(model, x, target, how, self.param_groups, self.state)
             if found is not None:
                 self.last = found

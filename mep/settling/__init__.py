@@ -6,6 +6,7 @@ from mep.settling.loop import (
     Messages,
     Problem,
     Solver,
+    may_stop,
     settle,
     verdict,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Settled",
     "Solver",
     "Sweep",
+    "may_stop",
     "settle",
     "verdict",
 ]

@@ -20,6 +20,7 @@ __all__ = [
     "Relaxing",
     "Solver",
     "Sweeping",
+    "may_stop",
     "settle",
     "verdict",
 ]
@@ -194,7 +195,7 @@ def settle(problem: Problem, solver: Solver) -> Settled:
     history: list[Any] = [at_once if first is None else solver.measure(first)]
     steps = 0
     # A solver that has not looked yet takes a step even where most samples are not nudged.
-    while steps < solver.max_steps and (iterate.residual is None or not _may_stop(solver, history)):
+    while steps < solver.max_steps and (iterate.residual is None or not may_stop(solver, history)):
         iterate = solver.step(problem, iterate)
         history.append(solver.measure(iterate.residual))
         steps += 1
@@ -203,7 +204,11 @@ def settle(problem: Problem, solver: Solver) -> Settled:
     return Settled(iterate.configuration, iterate.residual, steps, status, reached)
 
 
-def _may_stop(solver: Solver, history: list[Any]) -> bool:
+def may_stop(solver: Solver, history: list[Any]) -> bool:
+    """Returns whether a solver has come to its end, by what it has measured so far.
+
+    The last entry becomes a float.
+    """
     if solver.tol is None:
         return False
     history[-1] = reached = float(history[-1])  # the one read per step
