@@ -389,3 +389,7 @@ def test_dirty_is_what_makes_records_not_the_records(tmp_path, monkeypatch):
     assert mep.bench.record._commit()[1] is False
     code.write_text("2")
     assert mep.bench.record._commit()[1] is True
+    code.write_text("1")
+    assert mep.bench.record._commit()[1] is False
+    (code.parent / "new.py").write_text("1")
+    assert mep.bench.record._commit()[1] is True

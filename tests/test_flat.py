@@ -205,6 +205,10 @@ LEFT = {
     "autograd": Case(options={"gradient_method": "autograd"}),
     "feedback": Case(options={"settler": mep.Sweep(1, feedback="random")}),
     "too few steps": Case(options={"settler": mep.GradientDescent(4)}),
+    "signals underflow": Case(
+        lambda: net(*[5] + [8] * 79, CLASSES),
+        options={"settler": mep.GradientDescent(80, lr=0.1, momentum=0.0)},
+    ),
     "stops before all layers": Case(options={"settler": mep.GradientDescent(9, tol=0.95)}),
     "clipped": Case(options={"clip_norm": 0.1}),
     "muon": Case(options={"update": mep.Route(mep.Muon(ns_dtype=None))}),

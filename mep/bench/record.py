@@ -132,14 +132,15 @@ def _commit() -> tuple[str | None, bool | None]:
     """Commit and dirty flag, only if this very file is under version control.
 
     An installed copy inside somebody else's repository must not be given that one's commit. Records
-    that have been made again since are no change of what makes them.
+    that have been made again since are no change of what makes them; new files beside this one are.
     """
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
     commit = _git("rev-parse", "HEAD") if tracked else None
     if not commit:
         return None, None
     others = (":/", ":(top,exclude)results")
-    return commit, bool(_git("status", "--porcelain", "--untracked-files=no", "--", *others))
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *others)
+    return commit, bool(changed or _git("ls-files", "--others", "--exclude-standard"))
 
 
 def _git(*arguments: str) -> str | None:

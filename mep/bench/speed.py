@@ -199,7 +199,11 @@ def _line(entry: _Row) -> list[str]:
 
 
 def _label(entries: Sequence[_Row]) -> str:
-    return label(entries[0]["arm"], [entry["regime"] for entry in entries if "regime" in entry])
+    """An arm, and how far what has to settle has settled."""
+    found: list[str] = []
+    for entry in entries:
+        found += [entry["regime"]] if "regime" in entry else entry.get("statuses", [])
+    return label(entries[0]["arm"], [] if entries[0]["arm"] == LIMIT else found)
 
 
 @styled()

@@ -24,7 +24,8 @@ from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
 from mep.contrast.strength import AutoBeta, strength_of
 from mep.energies import CrossEntropy, PredictionError, Squared, SquaredError, usable_gain
-from mep.kernels import capture, capture_segments, kernels_of
+from mep.kernels import DESCENT, SWEEP, SWEEPS, capture, capture_segments, kernels_of
+from mep.kernels import LIMIT as LIMITED
 from mep.memory import Footprint, phase, show_use
 from mep.settling import (
     DIVERGED,
@@ -122,8 +123,11 @@ class Flat:
         """
         if not isinstance(x, Tensor) or x.dim() < 2 or not x.numel():
             return None
-        if (x.dim() > 2 and not self.layers.flattens) or self._is_short(self.how.settler.max_steps):
+        if x.dim() > 2 and not self.layers.flattens:
             return None
+        settler = self.how.settler
+        if isinstance(settler, GradientDescent) and settler.max_steps < len(self.layers):
+            return None  # not every layer gets a signal, as the reference says
         with phase("mep: settle"):
             a = _entering(x)
             captured = self._capture_for(a, *parameters)
@@ -188,14 +192,10 @@ class Flat:
     def _settling(self) -> str:
         """What a step needs room for."""
         if isinstance(self.how.settler, GradientDescent):
-            return "descent"
+            return DESCENT
         if isinstance(self.how.settler, Limit):
-            return "limit"
-        return "sweeps" if self._room.further else "sweep"
-
-    def _is_short(self, steps: int) -> bool:
-        """Whether steps downhill are too few to reach every layer: the reference says so."""
-        return isinstance(self.how.settler, GradientDescent) and steps < len(self.layers)
+            return LIMITED
+        return SWEEPS if self._room.further else SWEEP
 
     def _nudged(self, captured: Captured, beta: float) -> tuple[Tensor, Tensor, float, int] | None:
         """Settles the nudged phase, as the settling loop does.
@@ -209,7 +209,7 @@ class Flat:
             return self._downhill(captured, beta, settler)
         found, sweeps = captured.rise(beta), 1
         while sweeps < settler.max_steps and (settler.tol is None or found[2] > settler.tol):
-            if captured.settling == "sweep":
+            if captured.settling == SWEEP:
                 self._room.further = True
                 return None
             found, sweeps = captured.again(), sweeps + 1
@@ -218,16 +218,16 @@ class Flat:
     def _downhill(
         self, captured: Captured, beta: float, settler: GradientDescent
     ) -> tuple[Tensor, Tensor, float, int] | None:
+        """Goes downhill; None also where layers get no signal, which the reference warns of."""
         captured.begin(beta, settler.lr, settler.momentum)
+        found, steps = None, 0
         if settler.tol is None:
-            return *captured.relax(settler.max_steps), settler.max_steps
+            found, steps = captured.relax(settler.max_steps), settler.max_steps
         history = [float(sample_norm(captured.gradient).sign().median())]
-        found = None
-        while len(history) <= settler.max_steps and not may_stop(settler, history):
-            found = captured.relax(1)
+        while steps < settler.max_steps and not may_stop(settler, history):
+            found, steps = captured.relax(1), steps + 1
             history.append(found[2])
-        steps = len(history) - 1
-        return None if found is None or self._is_short(steps) else (*found, steps)
+        return None if found is None or captured.silent() else (*found, steps)
 
 
 @dataclass(frozen=True, slots=True)

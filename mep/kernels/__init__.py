@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from mep.kernels.segments import CapturedSegments
 
 __all__ = [
+    "DESCENT",
+    "LIMIT",
+    "SWEEP",
+    "SWEEPS",
     "available",
     "capture",
     "capture_segments",
@@ -38,6 +42,8 @@ __all__ = [
     "rows",
 ]
 
+# What a captured step has room for: no nudged phase, one sweep, any number, steps downhill.
+LIMIT, SWEEP, SWEEPS, DESCENT = "limit", "sweep", "sweeps", "descent"
 # With more classes torch's vectorised exponential takes less time than a scalar one.
 _MOST_CLASSES = 32
 
@@ -135,8 +141,7 @@ def capture(
         skips: whether a skip leads around a layer.
         x: an input like those to come, ``(B, in)``.
         squared: whether the cost is half the squared distance; cross-entropy otherwise.
-        settling: what there is to be room for: ``"limit"``, ``"sweep"``, ``"sweeps"``, or
-            ``"descent"``.
+        settling: what there is to be room for: ``LIMIT``, ``SWEEP``, ``SWEEPS`` or ``DESCENT``.
     """
     known = _known(activations, weights, biases, skips, x)
     if known is None or (not squared and len(weights[-1]) > _MOST_CLASSES):

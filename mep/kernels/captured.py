@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mep.kernels import DESCENT, SWEEP, SWEEPS
 from mep.kernels.descent import begin, relax
 from mep.kernels.further import again
 from mep.kernels.job import NUMBERS, SUMS, Job, addresses, empty
@@ -17,10 +18,7 @@ from mep.kernels.library import Native
 from mep.kernels.perceptron import fall, learn, rise
 from mep.kernels.team import call
 
-__all__ = ["DESCENT", "LIMIT", "SWEEP", "SWEEPS", "Captured", "Fallen"]
-
-# What there is room for: no nudged phase, one sweep, any number of them, steps downhill.
-LIMIT, SWEEP, SWEEPS, DESCENT = "limit", "sweep", "sweeps", "descent"
+__all__ = ["Captured", "Fallen"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Captured:
         tensors: all that there is, for those who count.
         output: the free output, ``(B, out)``; good until the next step.
         gradient: of the cost there.
+        top: the output's error.
         settling: see above; what there is room for.
         numbers: ``(2, L, 5)``, for weights and biases: rate, momentum, decay in the gradient and
             out of it, 1 for Nesterov's momentum.
@@ -80,9 +79,12 @@ class Captured:
         self.tensors: list[Tensor] = [self._job.tensor]  # addresses are good as long as these live
         self._batch_in_use: tuple[Tensor, ...] = ()
         states, errors = self._rooms(widths), [0] * (depth - 1)
+        self._errors: list[Tensor] = []
         if settling != SWEEP or any(skips):
-            errors = addresses(self._rooms(widths[:-1]))
-        errors.append(self._room(widths[-1]).data_ptr())
+            self._errors = self._rooms(widths[:-1])
+            errors = addresses(self._errors)
+        self.top = self._room(widths[-1])
+        errors.append(self.top.data_ptr())
         self._job.fill(
             width=widths, kind=[*kinds, 0], weight=addresses(weights), bias=addresses(biases),
             skip=skips, s=addresses(states), e=errors,
@@ -165,13 +167,18 @@ class Captured:
         self._job.set(steps=steps)
         return self._sweep(relax, 2 * steps)
 
+    def silent(self) -> bool:
+        """Returns whether the output has an error, and some layer below has none at all."""
+        return bool(self.top.any()) and not all(bool(e.any()) for e in self._errors)
+
     def _sweep(self, loop: Any, passes: int) -> tuple[Tensor, Tensor, float]:
         residual, strength = empty(2, self._batch).unbind()
         self._sums[:, 3] = 0
         self._job.set(residual=residual.data_ptr(), strength=strength.data_ptr())
         call(self._native, loop, self._job.array, self._batch, passes * self._work)
-        middle = (self._batch - 1) // 2  # the lower of two, as torch's
-        return residual, strength, float(np.partition(residual.numpy(), middle)[middle])
+        values, middle = residual.numpy(), (self._batch - 1) // 2  # the lower of two, as torch's
+        median = np.nan if np.isnan(values.sum()) else np.partition(values, middle)[middle]
+        return residual, strength, float(median)
 
     def learn(self, weights: list[int], biases: list[int]) -> None:
         """Takes the step by what has been written to ``numbers``, at the states settled last.

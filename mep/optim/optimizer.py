@@ -279,7 +279,7 @@ class EPOptimizer(Saved):
             )
         if self.model is None:
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
-        # Other solvers take many steps: what they leave is better freed. A budget counts it, too.
+        # Other solvers take many steps: what each leaves is better freed. A budget counts it, too.
         few = isinstance(self.how.settler, (Sweep, Limit)) and self._budget is None
         lent = self._buffers.lend() if few else nullcontext()
         with torch.no_grad(), mixed(x) if self.mode == "ep" else nullcontext(), lent:
