@@ -41,7 +41,7 @@ def mixed(x: Any) -> Iterator[None]:
         TypeError: for float16, in which nudges underflow.
     """
     device = x.device.type if isinstance(x, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         yield
         return
     dtype = torch.get_autocast_dtype(device)

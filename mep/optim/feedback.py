@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.contrast import Settings, chain_of
+from mep.optim.updating import States
 from mep.settling import KOLEN_POLLACK, TRANSPOSE
 from mep.updates import Rule
 
@@ -16,7 +17,7 @@ __all__ = ["check_learning", "feedback_weights", "learning"]
 
 
 def feedback_weights(
-    model: nn.Module, how: Settings, states: dict[int, dict[str, Any]]
+    model: nn.Module, how: Settings, parameters: Sequence[Tensor], state: States
 ) -> dict[int, Tensor] | None:
     """Returns the feedback matrix of every block above the first, by the ``id`` of its weight.
 
@@ -27,7 +28,8 @@ def feedback_weights(
     Args:
         model: the model.
         how: the strategy, whose settler says what carries errors down.
-        states: state dictionaries by the ``id`` of the parameter.
+        parameters: that are optimized.
+        state: per parameter.
 
     Returns:
         None where it is the transposes.
@@ -40,7 +42,7 @@ def feedback_weights(
     feedback = how.settler.feedback
     if feedback == TRANSPOSE:
         return None
-    found = {}
+    states, found = {id(p): state[p] for p in parameters}, {}
     for i, block in enumerate(chain_of(model, how.gradient_method, how.energy).blocks[1:]):
         weight = block.feedback_weight
         if weight is None and any(True for _ in block.parameters()):
@@ -55,10 +57,10 @@ def feedback_weights(
                 f"`feedback={feedback!r}` keeps its matrices beside the weights: pass the "
                 f"parameters of block `{block.name}` to the optimizer, too"
             )
-        state = states[id(weight)]
-        if "feedback" not in state:
-            state["feedback"] = _draw(weight, i)
-        found[id(weight)] = state["feedback"]
+        own = states[id(weight)]
+        if "feedback" not in own:
+            own["feedback"] = _draw(weight, i)
+        found[id(weight)] = own["feedback"]
     return found
 
 

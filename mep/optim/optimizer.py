@@ -379,7 +379,7 @@ class EPOptimizer(Saved):
         torch.clear_autocast_cache()  # of weights as they were
 
     def _feedback(self, model: nn.Module) -> dict[int, Tensor] | None:
-        return feedback_weights(model, self.how, {id(p): self.state[p] for p in self._parameters()})
+        return feedback_weights(model, self.how, self._parameters(), self.state)
 
     def _observe(self, free: FreePhase) -> bool:
         with full(free.loss.device):
