@@ -226,7 +226,7 @@ def plot(record: Record) -> Figure:
         ax.set(ylabel=quantity, xlabel=_differing(record.summary["arms"]))
         ax.set_xticks(range(len(cases)), [_short(case, cases) for case in cases])
     axes[0].set(yscale="log")
-    axes[0].legend(loc="upper left", fontsize=8, handlelength=3)
+    axes[0].legend(loc="best", fontsize=8, handlelength=3)
     axes[1].set_ylim(bottom=0)
     return figure
 
