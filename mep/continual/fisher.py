@@ -59,7 +59,8 @@ def fisher_diagonal(
     named = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
     total = {key: widened(torch.zeros_like(p)) for key, (_, p) in named.items()}
     count = 0
-    with full(next(model.parameters()).device):
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with full(device):
         for size, sweeps in of_task(model, loader, settings(cost=cost_of(cost)), fisher, samples):
             count += size
             for sweep in sweeps():

@@ -208,7 +208,7 @@ class Flat:
         if isinstance(settler, GradientDescent):
             return self._downhill(captured, beta, settler)
         found, sweeps = captured.rise(beta), 1
-        while sweeps < settler.max_steps and (settler.tol is None or found[2] > settler.tol):
+        while sweeps < settler.max_steps and not may_stop(settler, [found[2]]):
             if captured.settling == SWEEP:
                 self._room.further = True
                 return None
