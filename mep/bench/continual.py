@@ -30,7 +30,7 @@ __all__ = ["ARMS", "SCENARIOS", "ContinualConfig", "plot", "run", "table"]
 
 SCENARIOS = ("permuted", "split-domain", "split-task", "split-class")
 _MOMENTUM = 0.9
-_RATES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
+_RATES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 # The seed of held-out permutations, and one training sample in so many that is judged on.
 _HELD_OUT, _SHARE = 1_000_000, 6
 
@@ -62,12 +62,12 @@ class Arm:
         """Learning rates and strengths: six points for every arm."""
         if self.penalty is None:
             return [(rate, None) for rate in _RATES]
-        return [(rate, lam) for rate in _RATES[2:5:2] for lam in self.strengths]
+        return [(rate, lam) for rate in _RATES[3:5] for lam in self.strengths]
 
 
 _factors = partial(mep.EWC, curvature="kronecker")
 _diagonal = partial(mep.EWC, curvature="diagonal")
-_DIAGONAL = (10.0, 30.0, 100.0)
+_FACTORS, _DIAGONAL = (3.0, 10.0, 30.0), (10.0, 30.0, 100.0)
 _online = partial(mep.EWC, curvature="diagonal", mode="online")
 _feedback = partial(mep.ErrorFeedback, mep.TopK(0.1))
 
@@ -75,8 +75,8 @@ ARMS = {
     "backprop": Arm("backprop", "backprop"),
     "ep": Arm("EP"),
     "ep-feedback": Arm("EP, error feedback (top 10 %)", rule=_feedback),
-    "backprop-ewc": Arm("backprop, EWC (Kronecker)", "backprop", _factors, (1.0, 3.0, 10.0)),
-    "ep-ewc": Arm("EP, EWC (Kronecker)", "ep", _factors, (1.0, 3.0, 10.0)),
+    "backprop-ewc": Arm("backprop, EWC (Kronecker)", "backprop", _factors, _FACTORS),
+    "ep-ewc": Arm("EP, EWC (Kronecker)", "ep", _factors, _FACTORS),
     "backprop-diagonal": Arm("backprop, EWC (diagonal)", "backprop", _diagonal, _DIAGONAL),
     "ep-diagonal": Arm("EP, EWC (diagonal)", "ep", _diagonal, _DIAGONAL),
     "ep-online": Arm("EP, EWC (diagonal, online)", "ep", _online, _DIAGONAL),
@@ -100,7 +100,7 @@ class ContinualConfig:
         batch: samples per update, >= 1.
         curvature: training samples from which a task's curvature is taken, >= 1.
         kept: samples that replay keeps of every task, >= 1.
-        search: held-out permutations on which rate and strength are chosen, one epoch each, by
+        search: held-out permutations on which rate and strength are chosen, in as many epochs, by
             accuracy on training samples that are held out, too; a split has its own tasks only. 0
             takes one rate and the middle strength for all.
 
@@ -157,7 +157,7 @@ def run(config: ContinualConfig, data: Dataset, out: str | Path, command: str) -
         rate, lam = _chosen(config, data, arm, Path(out), rows)
         for seed in config.seeds:
             tasks = _tasks(config, data, config.tasks, seed)
-            found = _part(config, tasks, arm, seed, rate, lam, config.epochs, Path(out))
+            found = _part(config, tasks, arm, seed, rate, lam, Path(out))
             shared = {"kind": "run", "arm": arm, "seed": seed, "lr": rate, "lam": lam}
             rows += [{**shared, **row} for row in found]
     kept = {**asdict(config), "data": data.name}
@@ -176,7 +176,7 @@ def _chosen(
     seed, reached = _HELD_OUT, []
     tasks = _tasks(config, _without_test(data), count, seed)
     for rate, lam in grid:
-        found = _part(config, tasks, arm, seed, rate, lam, 1, out)
+        found = _part(config, tasks, arm, seed, rate, lam, out)
         reached.append(mean(found[-1]["accuracies"]))
         rows.append({"kind": "search", "arm": arm, "seed": seed, "lr": rate, "lam": lam,
                      "accuracy": reached[-1], "skipped": found[-1]["skipped"]})  # fmt: skip
@@ -198,13 +198,13 @@ def _tasks(config: ContinualConfig, data: Dataset, count: int, seed: int) -> Tas
 
 def _part(
     config: ContinualConfig, tasks: Tasks, arm: str, seed: int, rate: float, lam: float | None,
-    epochs: int, out: Path,
+    out: Path,
 ) -> list[dict[str, Any]]:  # fmt: skip
     settings = {key: value for key, value in asdict(config).items()
-                if key not in ("arms", "seeds", "search", "tasks", "epochs")}  # fmt: skip
+                if key not in ("arms", "seeds", "search", "tasks")}  # fmt: skip
     samples = sum(tasks.size(t) for t in range(len(tasks)))
     identity = settings | {"name": tasks.name, "tasks": len(tasks), "samples": samples, "arm": arm,
-                           "seed": seed, "lr": rate, "lam": lam, "epochs": epochs}  # fmt: skip
+                           "seed": seed, "lr": rate, "lam": lam}  # fmt: skip
     strength = f"-lam{lam}" if lam is not None else ""
     name = f"{arm}-seed{seed}-lr{rate}{strength}-x{len(tasks)}"
     part, folder = out / f"part-{name}.pt", out / f"checkpoint-{name}"
@@ -233,7 +233,7 @@ def _learner(config: ContinualConfig, tasks: Tasks, identity: dict[str, Any]) ->
         max_skipped=10**9,  # a run that diverges is a result
     )  # fmt: skip
     size = mean(tasks.size(t) for t in range(len(tasks)))
-    updates = max(1, round(identity["epochs"] * size / config.batch))
+    updates = max(1, round(config.epochs * size / config.batch))
     strength = "" if lam is None else f", strength {lam}"
     return Learner(
         f"{how.label}, seed {seed}, rate {rate}{strength}", identity, model, optimizer, updates,
