@@ -73,6 +73,7 @@ class Case:
     batches: tuple[int, ...] = (6, 6, 6)
     x: Callable[[int], torch.Tensor] = lambda batch: torch.randn(batch, 5)
     real: bool = False
+    remembers: bool = False  # its first batch, as a finished task
 
 
 RELU = partial(net, activation=nn.ReLU)
@@ -123,6 +124,12 @@ FLAT = {
     "weights and biases": Case(groups=weights_and_biases),
     "empty group": Case(groups=lambda m: [{"params": []}, {"params": [*m.parameters()]}]),
     "other batch sizes": Case(batches=(6, 1, 9, 6)),
+    "penalty, factors": Case(options={"penalty": mep.EWC(30.0, every=2)}, remembers=True),
+    "penalty, diagonal": Case(
+        groups=lambda m: [g | {"momentum": 0.3 * (k % 2)} for k, g in enumerate(by_layer(m))],
+        options={"penalty": mep.EWC(30.0, "diagonal")},
+        remembers=True,
+    ),
     "not contiguous": Case(x=lambda batch: torch.randn(5, batch).t()),
 }
 
@@ -213,7 +220,7 @@ LEFT = {
     "clipped": Case(options={"clip_norm": 0.1}),
     "muon": Case(options={"update": mep.Route(mep.Muon(ns_dtype=None))}),
     "constraint": Case(options={"constraint": mep.SpectralNorm()}),
-    "penalty": Case(options={"penalty": mep.EWC(1.0)}),
+    "penalty": Case(options={"penalty": mep.SynapticIntelligence(1.0)}),
     "blockwise": Case(options={"blockwise": True}),
     "positions": Case(
         lambda: net(5, 8, 8, 8, 5), options={"cost": "mse"}, x=lambda b: torch.randn(b, 3, 5)
@@ -240,6 +247,8 @@ def trained(case):
             seen += [opt.last.residual, opt.last.balance.nudge]
             verdicts.append((opt.last.status, opt.last.sweeps))
             moved.append(flat(model.parameters()).detach() - before)
+            if case.remembers and len(moved) == 1:
+                opt.consolidate([(x, y)])
     momenta = [opt.state[p].get("momentum_buffer") for p in model.parameters()]
     moved += [m.flatten() for m in momenta if m is not None]
     return flat(seen).double(), flat(moved).double(), verdicts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,12 +26,17 @@ class Penalty(ABC):
     ``theta <- argmin_t |t - theta|^2 / (2 eta) + penalty(t)``, exact and stable at any strength;
     other rules get the penalty's gradient with the loss's.
 
+    Attributes:
+        watches: whether it hears of every update and its gradients.
+
     Args:
         lam: strength, >= 0.
 
     Raises:
         ValueError: if it is out of range.
     """
+
+    watches: ClassVar[bool] = False
 
     def __init__(self, lam: float) -> None:
         check_strength(f"{type(self).__name__}(lam=...)", lam)
@@ -75,9 +80,9 @@ class Penalty(ABC):
 
     # --- during an update -------------------------------------------------------------------------
 
-    def watch(self, parameters: Sequence[Tensor], states: Sequence[_State]) -> list[Tensor] | None:
+    def watch(self, parameters: Sequence[Tensor], states: Sequence[_State]) -> list[Tensor]:
         """Notes what ``learned`` will need of the parameters before an update."""
-        return None
+        raise AssertionError("a penalty that watches must say what")
 
     def learned(
         self,
@@ -86,7 +91,7 @@ class Penalty(ABC):
         gradients: Sequence[Tensor],
         states: Sequence[_State],
     ) -> None:
-        """Takes note of an update. Only called if ``watch`` has noted something."""
+        """Takes note of an update."""
         raise AssertionError("a penalty that watches must learn")
 
     # --- for inspection ---------------------------------------------------------------------------

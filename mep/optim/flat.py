@@ -33,7 +33,7 @@ class FlatSteps:
     """
 
     def __init__(self, updating: Updating, room: Room) -> None:
-        self._room = room
+        self._room, self._updating = room, updating
         self._rule = plain_rule(updating)
         self._flat: Flat | None = None
         self._chain: Any = None
@@ -117,7 +117,19 @@ class FlatSteps:
         swept.captured.learn(addresses[: len(weights)], addresses[len(weights) :])
         # A graph that still needs the weights as they were is to notice.
         increment_version([p for p in every if p is not None])
+        if self._updating.penalty is not None:
+            self._pull(every, groups, state)
         return True
+
+    def _pull(
+        self, every: Sequence[Tensor | None], groups: Sequence[dict[str, Any]], state: States
+    ) -> None:
+        assert self._rule is not None
+        for k, group in enumerate(groups):
+            own = [
+                p for p, home in zip(every, self._homes, strict=True) if p is not None and home == k
+            ]
+            self._updating.pull(self._rule, own, [state[p] for p in own], group, {})
 
 
 def _same(tensors: list[Any], known: list[Any]) -> bool:

@@ -20,7 +20,8 @@ __all__ = ["Lessons", "are_plain", "momenta", "numbers_of", "plain_rule"]
 
 def plain_rule(updating: Updating) -> SGD | None:
     """Returns the rule if it is SGD, and nothing else has to see the gradients."""
-    alone = updating.constraint is None and updating.penalty is None and updating.clip_norm is None
+    watched = updating.penalty is not None and updating.penalty.watches
+    alone = updating.constraint is None and updating.clip_norm is None and not watched
     # A subclass may have a step of its own.
     return updating.rule if alone and type(updating.rule) is SGD else None
 

@@ -198,23 +198,47 @@ class Updating:
         if penalty is None:
             yield gradients
             return
-        before = penalty.watch(parameters, states)
-        step, pulled = rule.effective_step(group), list(gradients)
-        memories = [memory_of(state) if penalty.lam else None for state in states]
-        if step is None:
-            for k, (p, memory) in enumerate(zip(parameters, memories, strict=True)):
-                if memory is not None:
+        before = penalty.watch(parameters, states) if penalty.watches else []
+        pulled = list(gradients)
+        if rule.effective_step(group) is None:
+            for k, (p, state) in enumerate(zip(parameters, states, strict=True)):
+                memory = memory_of(state)
+                if memory is not None and penalty.lam:
                     pulled[k] = _dense(gradients[k]) + penalty.gradient(p, memory)
         yield pulled
-        if step is not None:
-            for p, memory in zip(parameters, memories, strict=True):
-                if memory is not None:
-                    at = p.clone() if id(p) in twins else p
-                    penalty.pull(p, memory, step)
-                    if id(p) in twins:
-                        twins[id(p)].add_(p - at)
-        if before is not None:
+        self.pull(rule, parameters, states, group, twins)
+        if penalty.watches:
             penalty.learned(parameters, before, [_dense(g) for g in gradients], states)
+
+    def pull(
+        self,
+        rule: Rule,
+        parameters: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        group: dict[str, Any],
+        twins: Mapping[int, Tensor],
+    ) -> None:
+        """Lets the penalty, if there is one, pull at what a rule's step has moved.
+
+        Only where the rule has an effective step; elsewhere the penalty is in the gradient.
+
+        Args:
+            rule: has taken the step.
+            parameters: that it has moved.
+            states: theirs.
+            group: the step's numbers.
+            twins: as in ``apply``.
+        """
+        penalty, step = self.penalty, rule.effective_step(group)
+        if penalty is None or step is None or not penalty.lam:
+            return
+        for p, state in zip(parameters, states, strict=True):
+            memory = memory_of(state)
+            if memory is not None:
+                at = p.clone() if id(p) in twins else p
+                penalty.pull(p, memory, step)
+                if id(p) in twins:
+                    twins[id(p)].add_(p - at)
 
     def shares(
         self, parameters: list[Tensor], roles: Roles
