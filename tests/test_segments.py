@@ -26,7 +26,7 @@ WITHIN = {"memory_budget": "1GB"}
 # and a tower of levels.
 LENGTHS = [(1,), (2,), (3,), (100,), (4, 2), (4, 2, 1)]
 # What a budget excludes by itself, or what needs another settler.
-NOT_WITHIN = {"limit", "up to three", "all sweeps, one"}
+NOT_WITHIN = {"limit", "up to three", "all sweeps, one", "penalty, factors", "penalty, diagonal"}
 PLAIN = {
     name: replace(case, options={**case.options, **WITHIN})
     for name, case in FLAT.items()

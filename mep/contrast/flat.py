@@ -40,7 +40,7 @@ from mep.settling import (
 )
 
 if TYPE_CHECKING:
-    from mep.kernels.captured import Captured
+    from mep.kernels.captured import Captured, Swung
     from mep.kernels.segments import CapturedSegments, Segment
 
 __all__ = ["Flat", "FlatSegments", "Lesson", "Room", "Swept"]
@@ -163,14 +163,13 @@ class Flat:
     def _settled(
         self, captured: Captured, a: Tensor, target: Tensor, nudge: float | AutoBeta
     ) -> Swept | None:
-        y = self.how.cost.prepare(target, captured.output).contiguous().resolve_neg()
-        fallen = captured.fall(a, y)
+        fallen = captured.fall(a, self._goal(target, captured.output))
         size = fallen.top + fallen.below
         if not math.isfinite(fallen.loss + size + fallen.entering):
             return None
         gain = usable_gain(size / fallen.top if fallen.top else math.nan, len(self.layers))
         beta = strength_of(nudge, lambda: gain)
-        loss = torch.tensor(fallen.loss, dtype=a.dtype, device=a.device)
+        loss = torch.scalar_tensor(fallen.loss, dtype=a.dtype, device=a.device)
         if isinstance(self.how.settler, Limit):
             own = sample_norm(captured.gradient)
             found = Estimate(loss, Residual(own.sign(), own), 0, LIMIT, beta)
@@ -178,15 +177,27 @@ class Flat:
             end = self._nudged(captured, beta)
             if end is None:
                 return None
-            *norms, median, steps = end
-            balance = Residual(*norms)
-            status = verdict(balance, median, self.how.settler.tol)
+            swung, steps = end
+            balance = Residual(swung.residual, swung.nudge)
+            status = verdict(swung.total, swung.median, self.how.settler.tol)
             if status == DIVERGED:
                 return None
             found = Estimate(loss, balance, steps, status, beta)
         # |G| <= |e| |a| / B for every gradient, and what is below a bias is 1 for every sample.
-        most = math.sqrt(captured.errors() * (captured.active() + fallen.entering + len(a)))
+        most = math.sqrt(captured.errors * (captured.active + fallen.entering + len(a)))
         return Swept(found, captured) if most <= torch.finfo(a.dtype).max else None
+
+    def _goal(self, target: Tensor, output: Tensor) -> Tensor:
+        """Returns the target as the compiled cost takes it."""
+        if (
+            type(self.how.cost) is CrossEntropy
+            and isinstance(target, Tensor)
+            and target.dtype == torch.int64
+            and target.device == output.device
+            and target.shape == output.shape[:1]
+        ):
+            return target.contiguous()  # classes that there are not leave no loss
+        return self.how.cost.prepare(target, output).contiguous().resolve_neg()
 
     @property
     def _settling(self) -> str:
@@ -197,27 +208,27 @@ class Flat:
             return LIMITED
         return SWEEPS if self._room.further else SWEEP
 
-    def _nudged(self, captured: Captured, beta: float) -> tuple[Tensor, Tensor, float, int] | None:
+    def _nudged(self, captured: Captured, beta: float) -> tuple[Swung, int] | None:
         """Settles the nudged phase, as the settling loop does.
 
         Returns:
-            Residuals and nudges per sample, the residuals' median, and how many sweeps or steps it
-            took; None if there is no room for another sweep yet, or nothing to settle.
+            What is left to settle, and how many sweeps or steps it took; None if there is no room
+            for another sweep yet, or nothing to settle.
         """
         settler = self.how.settler
         if isinstance(settler, GradientDescent):
             return self._downhill(captured, beta, settler)
         found, sweeps = captured.rise(beta), 1
-        while sweeps < settler.max_steps and not may_stop(settler, [found[2]]):
+        while sweeps < settler.max_steps and not may_stop(settler, [found.median]):
             if captured.settling == SWEEP:
                 self._room.further = True
                 return None
             found, sweeps = captured.again(), sweeps + 1
-        return *found, sweeps
+        return found, sweeps
 
     def _downhill(
         self, captured: Captured, beta: float, settler: GradientDescent
-    ) -> tuple[Tensor, Tensor, float, int] | None:
+    ) -> tuple[Swung, int] | None:
         """Goes downhill; None also where layers get no signal, which the reference warns of."""
         captured.begin(beta, settler.lr, settler.momentum)
         found, steps = None, 0
@@ -226,8 +237,8 @@ class Flat:
         history = [float(sample_norm(captured.gradient).sign().median())]
         while steps < settler.max_steps and not may_stop(settler, history):
             found, steps = captured.relax(1), steps + 1
-            history.append(found[2])
-        return None if found is None or captured.silent() else (*found, steps)
+            history.append(found.median)
+        return None if found is None or captured.silent() else (found, steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,4 +375,4 @@ def _error(e: Tensor, s: Tensor) -> Tensor:
 
 def _entering(x: Tensor) -> Tensor:
     """Returns the input as the first layer takes it, ``(B, in)``."""
-    return x.flatten(1).contiguous().resolve_neg()
+    return (x if x.dim() == 2 else x.flatten(1)).contiguous().resolve_neg()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from operator import is_
@@ -27,8 +27,7 @@ __all__ = ["Twin", "full", "mixed", "owned", "refuse_mixed", "twin_of", "wanted"
 _wanted: ContextVar[torch.dtype | None] = ContextVar("dtype of the twin", default=None)
 
 
-@contextmanager
-def mixed(x: Any) -> Iterator[None]:
+def mixed(x: Any) -> AbstractContextManager[None]:
     """Takes over from ``torch.autocast``, if that is on: free phases are those of a twin.
 
     Autocast itself is off while the context lasts: it would widen some operands of a product and
@@ -42,28 +41,26 @@ def mixed(x: Any) -> Iterator[None]:
     """
     device = x.device.type if isinstance(x, Tensor) else "cpu"
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        yield
-        return
+        return nullcontext()
     dtype = torch.get_autocast_dtype(device)
     if dtype == torch.float16:
         raise TypeError(
             "float16 autocast is not supported: nudges underflow; use "
             f"torch.autocast({device!r}, torch.bfloat16)"
         )
-    token = _wanted.set(dtype)
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        _wanted.reset(token)
+    return _computing_in(dtype, device)
+
+
+def full(device: torch.device) -> AbstractContextManager[None]:
+    """Computes in full precision, whatever ``torch.autocast`` says."""
+    return _computing_in(None, device.type)
 
 
 @contextmanager
-def full(device: torch.device) -> Iterator[None]:
-    """Computes in full precision, whatever ``torch.autocast`` says."""
-    token = _wanted.set(None)
+def _computing_in(dtype: torch.dtype | None, device: str) -> Iterator[None]:
+    token = _wanted.set(dtype)
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             yield
     finally:
         _wanted.reset(token)

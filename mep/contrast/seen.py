@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 from operator import is_, itemgetter
+from typing import Any
 
 from torch import nn
 
 __all__ = ["Seen"]
+
+_PARTS = ("_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
 class Seen:
@@ -16,40 +19,39 @@ class Seen:
     Numbers in lists and dictionaries of a module's own are read once.
     """
 
-    __slots__ = (  # there are thousands
-        "buffers", "children", "hooks", "numbers", "read", "size", "state",
-    )  # fmt: skip
+    __slots__ = ("buffers", "read", "seen", "size", "state")  # there are thousands
 
     def __init__(self, module: nn.Module) -> None:
         self.state = vars(module)
         plain = tuple(name for name, v in self.state.items() if _is_plain(v))
         self.read = _reader(plain)
-        self.numbers, self.size = self.read(self.state), len(self.state)
-        self.hooks = self._hooks()
-        self.children = [*self.state["_modules"].values()]
+        self.seen, self.size = tuple(map(_kept, self.read(self.state))), len(self.state)
         self.buffers = [*self.state["_buffers"].values()]
-
-    def _hooks(self) -> tuple[int, int]:
-        return len(self.state["_forward_hooks"]), len(self.state["_forward_pre_hooks"])
 
     def unchanged(self) -> bool:
         """True if the module is as it was."""
         state = self.state
         try:
-            same = len(state) == self.size and self.read(state) == self.numbers
-            modules, buffers = state["_modules"], state["_buffers"]
+            same = len(state) == self.size and self.read(state) == self.seen
+            tensors = state["_buffers"]
         except KeyError:  # an attribute is gone
             return False
-        # Most modules have none of them, and a list takes time.
-        parts = [*modules.values()] if modules else []
-        tensors = [*buffers.values()] if buffers else []
-        same = same and len(tensors) == len(self.buffers) and parts == self.children
-        return same and self._hooks() == self.hooks and all(map(is_, tensors, self.buffers))
+        if not same or not (tensors or self.buffers):  # most modules have none
+            return same
+        return len(tensors) == len(self.buffers) and all(map(is_, tensors.values(), self.buffers))
 
 
 @cache
 def _reader(names: tuple[str, ...]) -> itemgetter:
-    return itemgetter("training", *names)
+    return itemgetter(*_PARTS, "training", *names)
+
+
+def _kept(value: Any) -> Any:
+    """Returns what will still be there when a module's dictionary has changed."""
+    return (dict(value) or _NONE) if isinstance(value, dict) else value
+
+
+_NONE: dict[str, Any] = {}
 
 
 def _is_plain(value: object) -> bool:

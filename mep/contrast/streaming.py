@@ -69,7 +69,7 @@ def contrast_streamed(
         own = sample_norm(e + nudge).square()
         forces = (segments.squares + own).sqrt().to(nudge.dtype)
         residual = Residual.of(forces, sample_norm(nudge))
-    status = verdict(residual, residual.per_sample.median(), how.settler.tol)
+    status = verdict(residual.total, residual.per_sample.median(), how.settler.tol)
     return Estimate(loss.mean(), residual, 1, status, abs(beta))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,10 @@ from mep.kernels.library import Native
 from mep.kernels.perceptron import fall, learn, rise
 from mep.kernels.team import call
 
-__all__ = ["Captured", "Fallen"]
+__all__ = ["Captured", "Fallen", "Swung"]
 
 
-@dataclass(frozen=True)
-class Fallen:
+class Fallen(NamedTuple):
     """What the free phase and the errors' way down leave.
 
     Attributes:
@@ -36,6 +35,22 @@ class Fallen:
     top: float
     below: float
     entering: float
+
+
+class Swung(NamedTuple):
+    """What a sweep or some steps leave to settle.
+
+    Attributes:
+        residual: per sample, ``(B,)``.
+        nudge: per sample, ``(B,)``, per unit of beta.
+        median: of the residuals.
+        total: their sum, which is finite if they all are.
+    """
+
+    residual: Tensor
+    nudge: Tensor
+    median: float
+    total: float
 
 
 class Captured:
@@ -57,6 +72,8 @@ class Captured:
         gradient: of the cost there.
         top: the output's error.
         settling: see above; what there is room for.
+        errors: squares of all errors, of the sweep taken last.
+        active: squares of all activities, of the nudged states once there are some.
         numbers: ``(2, L, 5)``, for weights and biases: rate, momentum, decay in the gradient and
             out of it, 1 for Nesterov's momentum.
     """
@@ -100,7 +117,8 @@ class Captured:
         )  # fmt: skip
         self.output, self.gradient = states[-1], self._room(widths[-1])
         self._loss = self._room(1).view(-1)
-        self._sums = np.zeros((torch.get_num_threads(), SUMS))
+        self._sums = np.zeros((0, SUMS))
+        self.errors = self.active = 0.0
         self._beta, self.numbers = self._doubles(3), self._doubles(2, depth, NUMBERS)
         self._job.set(
             inputs=weights[0].shape[1], squared=squared, most=most,
@@ -116,38 +134,22 @@ class Captured:
 
         Args:
             x: ``(B, in)``, contiguous.
-            target: ``(B,)`` int64, or ``(B, out)`` float32; contiguous.
+            target: ``(B,)`` int64, or ``(B, out)`` float32; contiguous. Where one is no class that
+                there is, the loss is NaN and nothing is done.
         """
-        if len(self._sums) < torch.get_num_threads():
-            self._sums = np.zeros((torch.get_num_threads(), SUMS))
-        self._sums[:] = 0
         self._batch_in_use = x, target
-        self._job.set(x=x.data_ptr(), target=target.data_ptr(), sums=self._sums.ctypes.data)
-        call(self._native, fall, self._job.array, self._batch, 2 * self._work)
-        top, below, entering, _ = map(sum, zip(*self._sums.tolist(), strict=True))
-        # A small reduction takes torch ten times as long.
-        return Fallen(float(self._loss.numpy().mean(dtype=np.float64)), top, below, entering)
+        self._job.set(x=x.data_ptr(), target=target.data_ptr())
+        top, below, entering, self.active, loss, _ = self._run(fall, 2)
+        self.errors = top + below
+        return Fallen(loss / self._batch, top, below, entering)
 
-    def errors(self) -> float:
-        """Returns the squares of all errors, of the sweep taken last."""
-        return float(self._sums[:, :2].sum())
-
-    def active(self) -> float:
-        """Returns the squares of all activities, of the nudged states once there are some."""
-        return float(self._sums[:, 3].sum())
-
-    def rise(self, beta: float) -> tuple[Tensor, Tensor, float]:
-        """Takes the first nudged sweep.
-
-        Returns:
-            Residuals and nudges per sample, ``(B,)`` each, and the residuals' median.
-        """
+    def rise(self, beta: float) -> Swung:
+        """Takes the first nudged sweep."""
         self._beta[0] = beta
         return self._sweep(rise, 1)
 
-    def again(self) -> tuple[Tensor, Tensor, float]:
-        """Takes one more, for which there must be room; returns the same."""
-        self._sums[:, :2] = 0
+    def again(self) -> Swung:
+        """Takes one more, for which there must be room."""
         return self._sweep(again, 2)
 
     def begin(self, beta: float, rate: float, momentum: float) -> None:
@@ -161,9 +163,8 @@ class Captured:
         self._beta[:] = beta, rate, momentum
         call(self._native, begin, self._job.array, self._batch, self._work)
 
-    def relax(self, steps: int) -> tuple[Tensor, Tensor, float]:
-        """Takes steps downhill; returns the same."""
-        self._sums[:, :2] = 0
+    def relax(self, steps: int) -> Swung:
+        """Takes steps downhill."""
         self._job.set(steps=steps)
         return self._sweep(relax, 2 * steps)
 
@@ -171,14 +172,26 @@ class Captured:
         """Returns whether the output has an error, and some layer below has none at all."""
         return bool(self.top.any()) and not all(bool(e.any()) for e in self._errors)
 
-    def _sweep(self, loop: Any, passes: int) -> tuple[Tensor, Tensor, float]:
-        residual, strength = empty(2, self._batch).unbind()
-        self._sums[:, 3] = 0
-        self._job.set(residual=residual.data_ptr(), strength=strength.data_ptr())
+    def _sweep(self, loop: Any, passes: int) -> Swung:
+        residual, nudge = empty(self._batch), empty(self._batch)
+        self._job.set(residual=residual.data_ptr(), strength=nudge.data_ptr())
+        top, below, _, self.active, _, total = self._run(loop, passes)
+        if loop is not rise:  # which takes the errors as they are
+            self.errors = top + below
+        median, middle = math.nan, (self._batch - 1) // 2  # the lower of two, as torch's
+        if total == total:
+            median = float(np.partition(residual.numpy(), middle)[middle])
+        return Swung(residual, nudge, median, total)
+
+    def _run(self, loop: Any, passes: int) -> list[float]:
+        """Calls a loop; returns what it has summed up over all samples."""
+        if len(self._sums) < torch.get_num_threads():
+            self._sums = np.zeros((torch.get_num_threads(), SUMS))
+            self._job.set(sums=self._sums.ctypes.data)
+        self._sums.fill(0)  # not every call takes all threads
         call(self._native, loop, self._job.array, self._batch, passes * self._work)
-        values, middle = residual.numpy(), (self._batch - 1) // 2  # the lower of two, as torch's
-        median = np.nan if np.isnan(values.sum()) else np.partition(values, middle)[middle]
-        return residual, strength, float(median)
+        # Nothing else adds up a few numbers in so little time.
+        return [*map(sum, zip(*self._sums.tolist(), strict=True))]
 
     def learn(self, weights: list[int], biases: list[int]) -> None:
         """Takes the step by what has been written to ``numbers``, at the states settled last.

@@ -14,8 +14,9 @@ import numba
 from numba import njit
 
 from mep.kernels.cpu import doubles, floats, moved_from, slope
+from mep.kernels.flat import clear, copy, square
 from mep.kernels.job import AT, lane_sums, read
-from mep.kernels.perceptron import clear, copy, finish, square
+from mep.kernels.perceptron import finish
 from mep.kernels.team import N, T, alone, as_before, product, share
 
 __all__ = ["begin", "relax"]
@@ -140,5 +141,5 @@ def relax(job):
         _move_all(head, tables, lo, rows, rate, momentum)
         sums[0], sums[1], sums[3] = _up(head, tables, lo, rows, beta)
         _down(head, tables, lo, rows)
-        finish(head, tables, lo, rows, beta, head[AT.moved] + 4 * lo * head[AT.most])
+        sums[5] = finish(head, tables, lo, rows, beta, head[AT.moved] + 4 * lo * head[AT.most])
     as_before(head, before)

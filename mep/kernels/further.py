@@ -14,8 +14,9 @@ import numba
 from numba import njit
 
 from mep.kernels.cpu import RAMP, doubles, floats, moved_from, slope
+from mep.kernels.flat import clear, copy, square
 from mep.kernels.job import AT, lane_sums, read, strength
-from mep.kernels.perceptron import clear, copy, finish, square
+from mep.kernels.perceptron import finish
 from mep.kernels.team import N, T, alone, as_before, product, share
 
 __all__ = ["again"]
@@ -177,5 +178,5 @@ def again(job):
     sums[0] = _down(head, tables, lo, rows, beta)
     sums[1], sums[3] = _up(head, tables, lo, rows, beta)
     top = head[AT.depth] - 1
-    finish(head, tables, lo, rows, beta, tables[12][top] + 4 * lo * tables[0][top])
+    sums[5] = finish(head, tables, lo, rows, beta, tables[12][top] + 4 * lo * tables[0][top])
     as_before(head, before)

@@ -40,8 +40,8 @@ AT = namedtuple("Places", ("sgemm", "batch", *_OWN))(0, 4, *range(COMMON, HEAD))
 TABLES = ("width", "kind", "weight", "bias", "weight momentum", "bias momentum", "skip", "s", "y",
           "p", "e", "through", "d", "u")  # fmt: skip
 # Of one lane, added up over its samples: squares of the output's error, of those below, of the
-# input, and of the activities.
-SUMS = 4
+# input, and of the activities; the cost; and residuals.
+SUMS = 6
 # Of every weight, and then of every bias: rate, momentum, decay in the gradient and out of it, and
 # 1 for Nesterov's momentum.
 NUMBERS = 5

@@ -19,53 +19,12 @@ import math
 import numba
 from numba import njit
 
-from mep.kernels.cpu import activate, cross_entropy, doubles, floats, nudge, pull
+from mep.kernels.cpu import activate, cross_entropy, doubles, floats, integers, nudge, pull
+from mep.kernels.flat import add, clear, copy, push, square, sum_of
 from mep.kernels.job import AT, NUMBERS, lane_sums, read, strength
 from mep.kernels.team import N, T, alone, as_before, product, share
 
-__all__ = ["add", "ascend", "climb", "copy", "descend", "fall", "finish", "learn", "rise", "square"]
-
-
-@njit(inline="always")
-def square(address, count):
-    """Returns the sum of squares at an address."""
-    values, total = numba.carray(floats(address), (count,)), numba.float32(0)
-    for j in range(count):
-        total += values[j] * values[j]
-    return total
-
-
-@njit(inline="always")
-def copy(into, source, count):
-    """Copies floats."""
-    to, values = numba.carray(floats(into), (count,)), numba.carray(floats(source), (count,))
-    for j in range(count):
-        to[j] = values[j]
-
-
-@njit(inline="always")
-def add(into, one, other, count):
-    """``into <- one + other``; returns the sum of its squares."""
-    to, total = numba.carray(floats(into), (count,)), numba.float32(0)
-    a, b = numba.carray(floats(one), (count,)), numba.carray(floats(other), (count,))
-    for j in range(count):
-        to[j] = a[j] + b[j]
-        total += to[j] * to[j]
-    return float(total)
-
-
-@njit(inline="always")
-def push(into, share, other, count):
-    """``into <- into + share other``."""
-    to, values = numba.carray(floats(into), (count,)), numba.carray(floats(other), (count,))
-    for j in range(count):
-        to[j] += share * values[j]
-
-
-@njit(inline="always")
-def clear(into, count):
-    """Sets floats to 0."""
-    numba.carray(floats(into), (count,))[:] = 0
+__all__ = ["ascend", "climb", "descend", "fall", "finish", "learn", "rise"]
 
 
 @njit(inline="always")
@@ -88,6 +47,17 @@ def _cost(squared, s, target, loss, gradient, rows, n):
 def _target(head, lo, n):
     """Classes take 8 bytes each, values 4."""
     return head[AT.target] + (4 * lo * n if head[AT.squared] else 8 * lo)
+
+
+@njit(inline="always")
+def _has_classes(head, lo, rows, n):
+    """Returns whether targets are classes that there are, or values."""
+    fits = True
+    if head[AT.squared] == 0:
+        classes = numba.carray(integers(head[AT.target] + 8 * lo), (rows,))
+        for b in range(rows):
+            fits = fits and 0 <= classes[b] < n
+    return fits
 
 
 @njit(inline="always")
@@ -217,15 +187,23 @@ def climb(job):
 
 
 def fall(job):
-    """Free phase, cost and its gradient, errors down, and sums."""
+    """Free phase, cost and its gradient, errors down, and sums.
+
+    Where a target is no class that there is, nothing is done, and the cost is no number.
+    """
     head, tables = read(job)
     width, s, e, top = tables[0], tables[7], tables[10], head[AT.depth] - 1
     lo, rows = share(head, head[AT.batch])
-    before, sums, n = alone(head), lane_sums(head), width[top]
+    sums, n = lane_sums(head), width[top]
+    if not _has_classes(head, lo, rows, n):
+        sums[4] = math.nan
+        return
+    before = alone(head)
     sums[2], sums[3] = _up(head, tables, lo, rows)
     at, target = 4 * lo * n, _target(head, lo, n)
     loss, gradient = head[AT.loss] + 4 * lo, head[AT.gradient] + at
     _cost(head[AT.squared], s[top] + at, target, loss, gradient, rows, n)
+    sums[4] = sum_of(loss, rows)
     slope = numba.carray(floats(gradient), (rows * n,))
     error = numba.carray(floats(e[top] + at), (rows * n,))
     for i in range(rows * n):
@@ -243,13 +221,13 @@ def rise(job):
     d, top = tables[12], head[AT.depth] - 1
     passing = head[AT.moved] + 4 * lo * head[AT.most]
     moved = d[top] + 4 * lo * tables[0][top] if d[top] != 0 else passing
-    finish(head, tables, lo, rows, beta, moved)
+    sums[5] = finish(head, tables, lo, rows, beta, moved)
     as_before(head, before)
 
 
 @njit(inline="always")
 def finish(head, tables, lo, rows, beta, moved_):
-    """The cost's gradient at the nudged output, and residuals.
+    """The cost's gradient at the nudged output, and residuals; returns the sum of these.
 
     The output has been moved from below by what lies at ``moved_``, and by its error.
     """
@@ -266,6 +244,7 @@ def finish(head, tables, lo, rows, beta, moved_):
     # Nobody reads the cost itself.
     _cost(head[AT.squared], head[AT.moved] + room, target, head[AT.change] + room, slope, rows, n)
     _balance(head, e[top] + at, rows, lo, n)
+    return sum_of(head[AT.residual] + 4 * lo, rows)
 
 
 @njit(inline="always")

@@ -160,7 +160,7 @@ class CapturedSegments:
             enters=0 if moved is None else moved.data_ptr(), leaves=leaves.data_ptr(),
         )  # fmt: skip
         self._call(climb, segment, job, 3)
-        top, below, entering, active = self._sums.sum(0).tolist()
+        top, below, entering, active, *_ = self._sums.sum(0).tolist()
         # |G| <= |e| |a| / B, and what is below a bias is 1 for every sample.
         bound = math.sqrt((top + below) * (entering + active + self._batch))
         return Climbed(leaves, job, kept, bound)

@@ -37,10 +37,10 @@ from mep.optim.flat import FlatSteps
 from mep.optim.gradients import Gradients
 from mep.optim.groups import check_own, roles
 from mep.optim.saving import Saved
-from mep.optim.sources import Batch, by_backprop, by_contrast
+from mep.optim.sources import by_backprop, by_contrast
 from mep.optim.tasks import consolidate, penalty_of
 from mep.optim.updating import Roles, Updating
-from mep.optim.wording import chosen_of, with_settler
+from mep.optim.wording import NO_BATCH, NO_GRAD, chosen_of, too_many_skipped, with_settler
 from mep.settling import CONVERGED, KOLEN_POLLACK, Limit, Solver, Sweep
 from mep.updates import Rule
 
@@ -273,37 +273,23 @@ class EPOptimizer(Saved):
         if x is None and target is None:
             return self._step_on_grad(closure)
         if x is None or target is None or closure is not None:
-            raise ValueError(
-                "give both `x` and `target`, and no closure with them (Lightning adds one: use "
-                "opt.optimizer.step(x=..., target=...) there)"
-            )
+            raise ValueError(NO_BATCH)
         if self.model is None:
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
-        # Other solvers take many steps: what each leaves is better freed. A budget counts it, too.
-        few = isinstance(self.how.settler, (Sweep, Limit)) and self._budget is None
-        lent = self._buffers.lend() if few else nullcontext()
-        with torch.no_grad(), mixed(x) if self.mode == "ep" else nullcontext(), lent:
-            if self.blockwise:
-                return self._step_blockwise(self.model, x, target)
-            batch = self._estimate(self.model, x, target)
-            if self.last is not None and self.how.backs_off:
-                self.easing.learn(self.last.status)
-            if isinstance(batch, Estimate):
-                self._count(True)
-                return batch.loss
-            taken = False
-            try:
-                taken = self._update(batch.gradients, batch.usable, batch.free)
-            finally:
-                batch.keep_statistics(taken)
-        return batch.loss
+        with torch.no_grad(), mixed(x) if self.mode == "ep" else nullcontext():
+            loss = self._step_flat(self.model, x, target)
+            if loss is not None:
+                return loss
+            # Other solvers take many steps: what each leaves is better freed. A budget counts it.
+            few = isinstance(self.how.settler, (Sweep, Limit)) and self._budget is None
+            with self._buffers.lend() if few else nullcontext():
+                if self.blockwise:
+                    return self._step_blockwise(self.model, x, target)
+                return self._step_whole(self.model, x, target)
 
     def _step_on_grad(self, closure: Callable[[], Any] | None) -> Any:
         if self._budget is not None:
-            raise ValueError(
-                "`memory_budget` and `.grad` exclude each other: gradients that are kept take more "
-                "than that. Take steps by step(x=..., target=...)"
-            )
+            raise ValueError(NO_GRAD)
         self._updating.check_grad()
         loss = None
         if closure is not None:
@@ -320,21 +306,41 @@ class EPOptimizer(Saved):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _estimate(self, model: nn.Module, x: Tensor, target: Tensor) -> Batch | Estimate:
-        """Returns what an update takes, or the estimate alone if the step has been taken."""
+    @property
+    def _eased(self) -> Settings:
+        """The strategy of a step whose updates wait for its end."""
+        return self.how.eased(self.easing) if self.how.backs_off else self.how
+
+    def _step_flat(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor | None:
+        """Takes a captured step; None if it is not for one, and nothing was done."""
+        if self.mode == "backprop" or self.blockwise or wanted() is not None:
+            return None
+        found = self._flat.take(model, x, target, self._eased, self.param_groups, self.state)
+        if found is not None:
+            self._note(found)
+            self._count(True)
+        return found and found.loss
+
+    def _step_whole(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
         if self.mode == "backprop":
             observes = self._updating.observes
-            return by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
-        how = self.how.eased(self.easing) if self.how.backs_off else self.how
-        if wanted() is None:
-            found = self._flat.take(model, x, target, how, self.param_groups, self.state)
-            if found is not None:
-                self.last = found
-                return found
-        free = free_phase(model, x, target, how, self._feedback(model))
-        batch = by_contrast(free, how, Gradients(self._factored, self._folded))
-        self.last = batch.estimate
-        return batch
+            batch = by_backprop(model, x, target, self.how, self._parameters(), with_free=observes)
+        else:
+            free = free_phase(model, x, target, self._eased, self._feedback(model))
+            batch = by_contrast(free, self._eased, Gradients(self._factored, self._folded))
+        self._note(batch.estimate)
+        taken = False
+        try:
+            taken = self._update(batch.gradients, batch.usable, batch.free)
+        finally:
+            batch.keep_statistics(taken)
+        return batch.loss
+
+    def _note(self, estimate: Estimate | None) -> None:
+        if estimate is not None:
+            self.last = estimate
+            if self.how.backs_off:
+                self.easing.learn(estimate.status)
 
     def _step_blockwise(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
         refuse_mixed(self._option, model)
@@ -391,8 +397,4 @@ class EPOptimizer(Saved):
         self.skipped_in_a_row = 0 if usable else self.skipped_in_a_row + 1
         self.skipped += not usable
         if self.skipped_in_a_row > self.max_skipped:
-            raise RuntimeError(
-                f"{self.skipped_in_a_row} updates in a row were skipped because settling diverged "
-                "or loss or gradients were not finite; parameters are as after the last good step. "
-                "Lower `lr` or `beta`, or use an isometric start from mep.init"
-            )
+            raise RuntimeError(too_many_skipped(self.skipped_in_a_row))

@@ -1,4 +1,4 @@
-"""Options as they are given, in the words of this library."""
+"""Options as they are given, in the words of this library, and what is said to those who err."""
 
 from __future__ import annotations
 
@@ -9,7 +9,25 @@ from torch import nn
 from mep.contrast import energy_of
 from mep.settling import GradientDescent
 
-__all__ = ["chosen_of", "with_settler"]
+__all__ = ["NO_BATCH", "NO_GRAD", "chosen_of", "too_many_skipped", "with_settler"]
+
+NO_BATCH = (
+    "give both `x` and `target`, and no closure with them (Lightning adds one: use "
+    "opt.optimizer.step(x=..., target=...) there)"
+)
+NO_GRAD = (
+    "`memory_budget` and `.grad` exclude each other: gradients that are kept take more than that. "
+    "Take steps by step(x=..., target=...)"
+)
+
+
+def too_many_skipped(count: int) -> str:
+    """Says that so many updates in a row have been skipped, and what to do."""
+    return (
+        f"{count} updates in a row were skipped because settling diverged or loss or gradients "
+        "were not finite; parameters are as after the last good step. Lower `lr` or `beta`, or use "
+        "an isometric start from mep.init"
+    )
 
 
 def with_settler(chosen: dict[str, Any]) -> dict[str, Any]:

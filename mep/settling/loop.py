@@ -199,7 +199,7 @@ def settle(problem: Problem, solver: Solver) -> Settled:
         iterate = solver.step(problem, iterate)
         history.append(solver.measure(iterate.residual))
         steps += 1
-    status = solver.final_status or verdict(iterate.residual, history[-1], solver.tol)
+    status = solver.final_status or verdict(iterate.residual.total, history[-1], solver.tol)
     reached = [float(r) for r in history]
     return Settled(iterate.configuration, iterate.residual, steps, status, reached)
 
@@ -215,14 +215,14 @@ def may_stop(solver: Solver, history: list[Any]) -> bool:
     return reached <= solver.tol or reached != reached or solver.stalled(history)
 
 
-def verdict(residual: Residual, reached: Tensor | float, tol: float | None) -> str:
+def verdict(total: float, reached: Tensor | float, tol: float | None) -> str:
     """Returns ``"converged"``, ``"not settled"`` or ``"diverged"``.
 
     Args:
-        residual: at the end.
+        total: of all samples' residuals, which is finite if they all are.
         reached: by the share of samples that counts.
         tol: what it is compared with; 1e-2 if None.
     """
-    if not math.isfinite(float(residual.per_sample.sum())) or reached > DIVERGENCE:
+    if not math.isfinite(total) or reached > DIVERGENCE:
         return DIVERGED
     return CONVERGED if reached <= (DEFAULT_TOLERANCE if tol is None else tol) else NOT_SETTLED

@@ -30,6 +30,11 @@ class Residual:
         """Returns the residual of forces and nudges, norms per sample in the same unit."""
         return cls((force / nudge).masked_fill_(nudge == 0, 0.0), nudge)
 
+    @property
+    def total(self) -> float:
+        """Sum over all samples: finite if they all are."""
+        return float(self.per_sample.sum())
+
 
 class Measured:
     """Mixin of everything that carries a ``balance``: the figures a reader wants of it."""
