@@ -75,6 +75,11 @@ class Block(ABC):
     def pull(self, point: Any, product: Tensor) -> Tensor:
         """Completes ``J(s)^T e`` at a point from the product of the same block."""
 
+    def pull_and_square(self, point: Any, product: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Returns ``J(s)^T e`` and its squares, summed while it is in the cache."""
+        e = self.pull(point, product)
+        return e, torch.linalg.vector_norm(e).double().square_()
+
     def inner(self, point: Any, product: Tensor) -> Tensor | None:
         """Returns ``J^T e`` up to a leading ramp (ReLU, Hardtanh), if the block begins with one.
 

@@ -50,11 +50,22 @@ class FusedBlock(ClosedBlock):
     def pull(self, point: Point, product: Tensor) -> Tensor:
         if not isinstance(point, FusedPoint):
             return super().pull(point, product)
+        e, rows = self._to_pull(point, product)
+        point.between.pull(*rows)
+        return e
+
+    def pull_and_square(self, point: Point, product: Tensor) -> tuple[Tensor, Tensor | float]:
+        if not isinstance(point, FusedPoint):
+            return super().pull_and_square(point, product)
+        e, rows = self._to_pull(point, product)
+        return e, point.between.pull_and_square(*rows)
+
+    def _to_pull(self, point: FusedPoint, product: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Returns room for an error, and the rows of state, activity, product and error."""
         s, y, *_ = point.values
         e = _room(s)
         inner = _laid_like(self._pull_through(point, product, 1), s)
-        point.between.pull(_row(s), _row(y), _row(inner), _row(e))
-        return e
+        return e, [_row(t) for t in (s, y, inner, e)]
 
     def difference(self, point: Point, d: Tensor) -> tuple[Tensor, Point]:
         if not isinstance(point, FusedPoint):

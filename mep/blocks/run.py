@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.blocks.block import Block, sample_norm
+from mep.blocks.block import Block
 from mep.blocks.buffers import lending, shelf
 from mep.blocks.dense import DenseBlock, DensePoint
 from mep.blocks.passes import passes_of
@@ -72,13 +72,13 @@ class Run:
             Errors below ``e_below = J^T e_above``, products ``W^T e_above``, and the sum of the
             errors' squares.
         """
-        errors, products, norms = [], [], []
+        errors, products, squares = [], [], []
         for block, point in zip(reversed(self.blocks), reversed(points), strict=True):
             products.append(product(block, point, e, feedback))
-            e = block.pull(point, products[-1])
+            e, square = block.pull_and_square(point, products[-1])
             errors.append(e)
-            norms.append(torch.linalg.vector_norm(e))  # while it is in the cache
-        return errors[::-1], products[::-1], torch.stack(norms).double().square_().sum()
+            squares.append(square)
+        return errors[::-1], products[::-1], sum(squares)
 
     def climb(
         self,
@@ -109,7 +109,7 @@ class Run:
             Displacements above, points at the displaced states, and per sample the squares of all
             forces below.
         """
-        displacements, moved, squares = [], [], torch.zeros_like(sample_norm(d))
+        displacements, moved, squares = [], [], d.new_zeros(len(d))
         arguments = zip(self.blocks, points, below, above, products, strict=True)
         for i, (block, before, e_below, e_above, pulled) in enumerate(arguments, self.start):
             delta, point, norm = block.advance(before, d, pulled, e_below)

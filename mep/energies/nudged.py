@@ -82,7 +82,9 @@ class Nudged:
         self.blocks = free.chain.blocks
 
     def start(self) -> Configuration:
-        zeros = [torch.zeros_like(s) for s in self.free.states]
+        return self._unmoved([torch.zeros_like(s) for s in self.free.states])
+
+    def _unmoved(self, zeros: list[Tensor]) -> Configuration:
         return Configuration(self.free.states, zeros, zeros, zeros[-1], self.free.points)
 
     def start_residual(self) -> Residual:
@@ -91,7 +93,9 @@ class Nudged:
         return Residual(nudge.sign(), nudge)
 
     def limit(self) -> Configuration:
-        at, messages = self.start(), self.free.unit
+        # Nobody writes into these displacements: one zero will do for all.
+        nothing = [s.new_zeros(()).expand_as(s) for s in self.free.states]
+        at, messages = self._unmoved(nothing), self.free.unit
         at.errors, at.signal = messages.errors, messages.errors[-1]
         return at
 
@@ -140,7 +144,7 @@ class Nudged:
             return self._forward_from_errors(messages, first)
         errors, products = messages.errors, messages.products
         displacements, points = [first], [self.free.points[0]]
-        squares = torch.zeros_like(sample_norm(first))
+        squares = first.new_zeros(len(first))
         if self.visit is not None:
             self.visit(0, points[0], errors[0])
         for run in self.free.chain.runs[1:]:
