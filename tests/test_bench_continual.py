@@ -253,7 +253,7 @@ def test_best_point_in_the_mean_of_all_tasks_is_taken(data, tmp_path, monkeypatc
 
     def made_up_learning(run, tasks, folder):
         point = run.identity["lr"], run.identity["lam"]
-        asked.append((run.identity["seed"], len(tasks), run.identity["epochs"]))
+        asked.append((run.identity["seed"], len(tasks), run.updates))
         end = [0.7, 0.7] if point == grid[best] else [[1.0, 0.3], [0.3, 1.0]][grid.index(point) % 2]
         reached = {-1: [0.1, 0.1], 0: [0.1, 0.1], 1: end}
         return [{"task": t, "accuracies": a, "skipped": 0} for t, a in reached.items()]
@@ -263,7 +263,9 @@ def test_best_point_in_the_mean_of_all_tasks_is_taken(data, tmp_path, monkeypatc
     points = [(row["kind"], row["lr"], row["lam"]) for row in rows]
     assert points == [("search", *point) for point in grid] + [("run", *grid[best])] * 6
     assert rows[best]["accuracy"] == pytest.approx(0.7)
-    assert [made[1:] for made in asked] == [(2, 3)] * 6 + [(TASKS, 3)] * 2
+    # Three epochs of what is not held out, in batches of 16.
+    updates = [round(3 * samples / 16) for samples in (160 - 160 // 6, 160)]
+    assert [made[1:] for made in asked] == [(2, updates[0])] * 6 + [(TASKS, updates[1])] * 2
     assert [made[0] for made in asked[6:]] == [0, 1] and asked[0][0] not in (0, 1)
 
 

@@ -125,6 +125,11 @@ FLAT = {
     "empty group": Case(groups=lambda m: [{"params": []}, {"params": [*m.parameters()]}]),
     "other batch sizes": Case(batches=(6, 1, 9, 6)),
     "penalty, factors": Case(options={"penalty": mep.EWC(30.0, every=2)}, remembers=True),
+    "penalty, depth rule": Case(
+        groups=lambda m: mep.param_groups(m, 0.2),
+        options={"penalty": mep.EWC(30.0, every=1)},
+        remembers=True,
+    ),
     "penalty, diagonal": Case(
         groups=lambda m: [g | {"momentum": 0.3 * (k % 2)} for k, g in enumerate(by_layer(m))],
         options={"penalty": mep.EWC(30.0, "diagonal")},
@@ -474,6 +479,43 @@ def test_changes_of_the_groups_are_seen(taken):
     assert torch.equal(weight, before) and taken == [True, True, False]
 
 
+@pytest.mark.filterwarnings("ignore:.*layers get no signal")
+@pytest.mark.parametrize("settler", [ONE, mep.Limit(), mep.GradientDescent(10)], ids=repr)
+@pytest.mark.parametrize("label", [-1, CLASSES, 2**40])
+def test_classes_that_there_are_not_are_refused(label, settler, taken):
+    """By whichever thread comes upon them."""
+    model = net(40, 96, 96, CLASSES)
+    opt = optimizer(Case(options={"settler": settler}), model)
+    x, y = torch.randn(64, 40), torch.randint(0, CLASSES, (64,))
+    opt.step(x=x, target=y)
+    assert taken == [True]
+    before = flat(model.parameters()).detach().clone()
+    known = torch.get_num_threads()
+    try:
+        for threads, place in ((1, 0), (2, 0), (2, 63), (3, 31)):
+            torch.set_num_threads(threads)
+            wrong = y.clone()
+            wrong[place] = label
+            with pytest.raises(ValueError, match="must hold classes in"):
+                opt.step(x=x, target=wrong)
+    finally:
+        torch.set_num_threads(known)
+    assert torch.equal(flat(model.parameters()), before)
+    opt.step(x=x, target=y.int())
+    assert taken == [True, *[False] * 4, True]
+
+
+def test_steps_that_do_without_buffers_keep_none():
+    model = net()
+    opt = optimizer(Case(), model)
+    model[0].weight.requires_grad_(False)
+    opt.step(**batch())
+    assert opt._buffers._shelves
+    model[0].weight.requires_grad_(True)
+    opt.step(**batch())
+    assert not opt._buffers._shelves
+
+
 def test_momentum_that_is_none_is_none_yet(taken):
     """As torch's SGD leaves it in the state where there was no momentum."""
     found = []
@@ -512,15 +554,19 @@ def test_what_is_not_finite_changes_nothing(bad, taken):
 
 @pytest.mark.parametrize("copied", [False, True], ids=["loaded", "deep copy"])
 @pytest.mark.parametrize(
-    "more", [{}, {"settler": mep.Sweep(4, tol=0.0172)}], ids=["one sweep", "one or two"]
+    "more",
+    [{}, {"settler": mep.Sweep(4, tol=0.0172)}, {"penalty": mep.EWC(30.0, every=4)}],
+    ids=["one sweep", "one or two", "penalty"],
 )
 def test_run_goes_on_bitwise(copied, more, tmp_path, taken):
     torch.manual_seed(0)
     model, batches = net(), [batch() for _ in range(6)]
     case = Case(groups=lambda m: mep.param_groups(m, 0.2), options=more)
     opt = optimizer(case, model)
-    for each in batches[:3]:
+    for k, each in enumerate(batches[:3]):
         opt.step(**each)
+        if k == 0 and opt.penalty is not None:
+            opt.consolidate([(each["x"], each["target"])])
     if copied:
         other_model, other = copy.deepcopy((model, opt))
     else:
@@ -534,7 +580,7 @@ def test_run_goes_on_bitwise(copied, more, tmp_path, taken):
     for each in batches[3:]:
         assert torch.equal(opt.step(**each), other.step(**each))
         sweeps.append(opt.last.sweeps)
-    assert 1 in sweeps and opt.room.further == bool(more)  # not every one would make room
+    assert 1 in sweeps and opt.room.further == ("settler" in more)  # not every one would make room
     assert torch.equal(flat(model.parameters()), flat(other_model.parameters()))
     assert all(taken)
 

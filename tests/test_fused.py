@@ -56,6 +56,8 @@ def answers(block, s, d, e, below):
         again, at = block.difference(point, d)
         found = [f, product, block.pull(point, product), delta, norm, block.pull(moved, product)]
         found += [again, block.pull(at, product)]
+        below_it, square = block.pull_and_square(point, product)
+        found += [below_it, torch.as_tensor(square, dtype=s.dtype)]
         found += [signal.form() for signal in block.signals(moved, e, 0.5)]
         inner = block.inner(point, product)
         return point, found + ([] if inner is None else [inner])

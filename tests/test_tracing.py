@@ -372,6 +372,10 @@ def swap_activation(model):
     model[1] = nn.ReLU()
 
 
+def move_activation(model):
+    model._modules["1"] = model._modules.pop("1")  # now the last
+
+
 def add_hook(model):
     model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
 
@@ -384,7 +388,9 @@ def replace_parameter(model):
     model[2].weight = nn.Parameter(torch.ones(2, 4))
 
 
-CHANGES = [swap_layer, swap_activation, add_hook, reload_weights, replace_parameter]
+CHANGES = [
+    swap_layer, swap_activation, move_activation, add_hook, reload_weights, replace_parameter,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -100,9 +100,9 @@ class ContinualConfig:
         batch: samples per update, >= 1.
         curvature: training samples from which a task's curvature is taken, >= 1.
         kept: samples that replay keeps of every task, >= 1.
-        search: held-out permutations on which rate and strength are chosen, in as many epochs, by
-            accuracy on training samples that are held out, too; a split has its own tasks only. 0
-            takes one rate and the middle strength for all.
+        search: held-out permutations on which rate and strength are chosen, in ``epochs`` passes
+            over each, by accuracy on training samples that are held out, too; a split has its own
+            tasks only. 0 takes one rate and the middle strength for all.
 
     Raises:
         ValueError: for a value out of range.

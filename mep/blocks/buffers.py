@@ -86,6 +86,10 @@ class Buffers:
             # Shapes that this step did not ask for (another batch size) are not kept.
             self._shelves = {k: shelf for k, shelf in self._shelves.items() if shelf.close()}
 
+    def clear(self) -> None:
+        """Keeps nothing, where steps have come to do without."""
+        self._shelves = {}
+
     def _shelf(self, shape: tuple[int, ...], like: Tensor) -> Shelf:
         key = shape, like.dtype, like.device
         found = self._shelves.get(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +36,6 @@ class SynapticIntelligence(Penalty):
 
     Source: Zenke, Poole & Ganguli 2017, eqs. 3-5.
     """
-
-    watches: ClassVar[bool] = True
 
     def __init__(self, lam: float, xi: float = 0.1) -> None:
         super().__init__(lam)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,17 +26,12 @@ class Penalty(ABC):
     ``theta <- argmin_t |t - theta|^2 / (2 eta) + penalty(t)``, exact and stable at any strength;
     other rules get the penalty's gradient with the loss's.
 
-    Attributes:
-        watches: whether it hears of every update and its gradients.
-
     Args:
         lam: strength, >= 0.
 
     Raises:
         ValueError: if it is out of range.
     """
-
-    watches: ClassVar[bool] = False
 
     def __init__(self, lam: float) -> None:
         check_strength(f"{type(self).__name__}(lam=...)", lam)
@@ -79,6 +74,11 @@ class Penalty(ABC):
         """
 
     # --- during an update -------------------------------------------------------------------------
+
+    @property
+    def watches(self) -> bool:
+        """Whether it hears of every update and its gradients: it has a ``watch`` of its own."""
+        return type(self).watch is not Penalty.watch
 
     def watch(self, parameters: Sequence[Tensor], states: Sequence[_State]) -> list[Tensor]:
         """Notes what ``learned`` will need of the parameters before an update."""

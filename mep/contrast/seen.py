@@ -10,7 +10,7 @@ from torch import nn
 
 __all__ = ["Seen"]
 
-_PARTS = ("_modules", "_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Seen:
@@ -19,13 +19,14 @@ class Seen:
     Numbers in lists and dictionaries of a module's own are read once.
     """
 
-    __slots__ = ("buffers", "read", "seen", "size", "state")  # there are thousands
+    __slots__ = ("buffers", "children", "read", "seen", "size", "state")  # there are thousands
 
     def __init__(self, module: nn.Module) -> None:
         self.state = vars(module)
         plain = tuple(name for name, v in self.state.items() if _is_plain(v))
         self.read = _reader(plain)
         self.seen, self.size = tuple(map(_kept, self.read(self.state))), len(self.state)
+        self.children = [*self.state["_modules"].values()]
         self.buffers = [*self.state["_buffers"].values()]
 
     def unchanged(self) -> bool:
@@ -33,17 +34,22 @@ class Seen:
         state = self.state
         try:
             same = len(state) == self.size and self.read(state) == self.seen
-            tensors = state["_buffers"]
+            modules, tensors = state["_modules"], state["_buffers"]
         except KeyError:  # an attribute is gone
             return False
-        if not same or not (tensors or self.buffers):  # most modules have none
-            return same
-        return len(tensors) == len(self.buffers) and all(map(is_, tensors.values(), self.buffers))
+        return same and _are(modules, self.children) and _are(tensors, self.buffers)
 
 
 @cache
 def _reader(names: tuple[str, ...]) -> itemgetter:
-    return itemgetter(*_PARTS, "training", *names)
+    return itemgetter(*_HOOKS, "training", *names)
+
+
+def _are(parts: dict[str, Any], known: list[Any]) -> bool:
+    """Returns whether there are the same ones in the same order; most modules have none."""
+    if not parts and not known:
+        return True
+    return len(parts) == len(known) and all(map(is_, parts.values(), known))
 
 
 def _kept(value: Any) -> Any:

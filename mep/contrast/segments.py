@@ -120,12 +120,15 @@ class BlockSegments(Segments):
     def descend(
         self, span: Span, mark: Mark, e: Tensor, *, measure: bool
     ) -> tuple[Tensor, Tensor | float]:
-        points, norms = self._points(span, mark), []
-        for i, point in zip(_downwards(span), points, strict=False):
-            e = self.blocks[i].pull(point, self._product(i, point, e))
+        squares: Tensor | float = 0.0
+        for i, point in zip(_downwards(span), self._points(span, mark), strict=False):
+            product = self._product(i, point, e)
             if measure:
-                norms.append(torch.linalg.vector_norm(e))
-        return e, torch.stack(norms).double().square_().sum() if norms else 0.0
+                e, square = self.blocks[i].pull_and_square(point, product)
+                squares = squares + square
+            else:
+                e = self.blocks[i].pull(point, product)
+        return e, squares
 
     def climb(self, span: Span, mark: Mark, e: Tensor, beta: float, scale: float) -> None:
         points, errors, products = self._points(span, mark), [e], []

@@ -135,7 +135,7 @@ class Captured:
         Args:
             x: ``(B, in)``, contiguous.
             target: ``(B,)`` int64, or ``(B, out)`` float32; contiguous. Where one is no class that
-                there is, the loss is NaN and nothing is done.
+                there is, the loss is NaN, and nothing else may be used.
         """
         self._batch_in_use = x, target
         self._job.set(x=x.data_ptr(), target=target.data_ptr())

@@ -24,8 +24,8 @@ from numba.core import config
 from numba.extending import intrinsic
 
 __all__ = [
-    "RAMP", "Kernels", "activate", "compiled", "cross_entropy", "doubles", "floats", "kernels",
-    "move", "moved_from", "nudge", "pull", "slope",
+    "RAMP", "Kernels", "activate", "compiled", "cross_entropy", "doubles", "floats", "integers",
+    "kernels", "move", "moved_from", "nudge", "pull", "slope",
 ]  # fmt: skip
 
 _HERE = Path(__file__).parent

@@ -189,7 +189,7 @@ def climb(job):
 def fall(job):
     """Free phase, cost and its gradient, errors down, and sums.
 
-    Where a target is no class that there is, nothing is done, and the cost is no number.
+    Where a target is no class that there is, this thread does nothing, and the cost is no number.
     """
     head, tables = read(job)
     width, s, e, top = tables[0], tables[7], tables[10], head[AT.depth] - 1

@@ -125,10 +125,11 @@ class FlatSteps:
         self, every: Sequence[Tensor | None], groups: Sequence[dict[str, Any]], state: States
     ) -> None:
         assert self._rule is not None
-        for k, group in enumerate(groups):
-            own = [
-                p for p, home in zip(every, self._homes, strict=True) if p is not None and home == k
-            ]
+        shares: list[list[Tensor]] = [[] for _ in groups]
+        for p, home in zip(every, self._homes, strict=True):
+            if p is not None:
+                shares[home].append(p)
+        for own, group in zip(shares, groups, strict=True):
             self._updating.pull(self._rule, own, [state[p] for p in own], group, {})
 
 

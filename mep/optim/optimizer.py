@@ -317,6 +317,7 @@ class EPOptimizer(Saved):
             return None
         found = self._flat.take(model, x, target, self._eased, self.param_groups, self.state)
         if found is not None:
+            self._buffers.clear()
             self._note(found)
             self._count(True)
         return found and found.loss
@@ -337,10 +338,9 @@ class EPOptimizer(Saved):
         return batch.loss
 
     def _note(self, estimate: Estimate | None) -> None:
-        if estimate is not None:
-            self.last = estimate
-            if self.how.backs_off:
-                self.easing.learn(estimate.status)
+        self.last = estimate or self.last
+        if estimate is not None and self.how.backs_off:
+            self.easing.learn(estimate.status)
 
     def _step_blockwise(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
         refuse_mixed(self._option, model)

@@ -219,7 +219,7 @@ def verdict(total: float, reached: Tensor | float, tol: float | None) -> str:
     """Returns ``"converged"``, ``"not settled"`` or ``"diverged"``.
 
     Args:
-        total: of all samples' residuals, which is finite if they all are.
+        total: of all samples' residuals, which is not finite if one of them is not.
         reached: by the share of samples that counts.
         tol: what it is compared with; 1e-2 if None.
     """

@@ -32,7 +32,7 @@ class Residual:
 
     @property
     def total(self) -> float:
-        """Sum over all samples: finite if they all are."""
+        """Sum over all samples: not finite if one of them is not."""
         return float(self.per_sample.sum())
 
 
@@ -91,7 +91,7 @@ class Settled(Measured):
 
     @property
     def displacements(self) -> list[Tensor]:
-        """The settled states' displacements from the free ones, free of rounding."""
+        """Displacements from the free states, free of rounding. They may share memory."""
         return self.configuration.displacements
 
     @property
