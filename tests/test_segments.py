@@ -26,11 +26,11 @@ WITHIN = {"memory_budget": "1GB"}
 # and a tower of levels.
 LENGTHS = [(1,), (2,), (3,), (100,), (4, 2), (4, 2, 1)]
 # What a budget excludes by itself, or what needs another settler.
-NOT_WITHIN = {"limit", "up to three", "all sweeps, one", "penalty, factors", "penalty, diagonal"}
+NOT_WITHIN = {"limit", "up to three", "all sweeps, one"}
 PLAIN = {
     name: replace(case, options={**case.options, **WITHIN})
     for name, case in FLAT.items()
-    if name not in NOT_WITHIN and name != "other widths"
+    if name not in NOT_WITHIN and name != "other widths" and not case.remembers
 }
 OTHERS = {
     name: replace(LEFT[name], options={**LEFT[name].options, **WITHIN})

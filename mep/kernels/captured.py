@@ -41,7 +41,7 @@ class Swung(NamedTuple):
     """What a sweep or some steps leave to settle.
 
     Attributes:
-        residual: per sample, ``(B,)``.
+        residual: per sample, ``(B,)``; good until the next sweep of the same phase.
         nudge: per sample, ``(B,)``, per unit of beta.
         median: of the residuals.
         total: their sum, which is finite if they all are.
@@ -119,6 +119,7 @@ class Captured:
         self._loss = self._room(1).view(-1)
         self._sums = np.zeros((0, SUMS))
         self.errors = self.active = 0.0
+        self._left = empty(0), empty(0)
         self._beta, self.numbers = self._doubles(3), self._doubles(2, depth, NUMBERS)
         self._job.set(
             inputs=weights[0].shape[1], squared=squared, most=most,
@@ -146,6 +147,7 @@ class Captured:
     def rise(self, beta: float) -> Swung:
         """Takes the first nudged sweep."""
         self._beta[0] = beta
+        self._make_room()
         return self._sweep(rise, 1)
 
     def again(self) -> Swung:
@@ -161,6 +163,7 @@ class Captured:
             momentum: of the states.
         """
         self._beta[:] = beta, rate, momentum
+        self._make_room()
         call(self._native, begin, self._job.array, self._batch, self._work)
 
     def relax(self, steps: int) -> Swung:
@@ -172,16 +175,19 @@ class Captured:
         """Returns whether the output has an error, and some layer below has none at all."""
         return bool(self.top.any()) and not all(bool(e.any()) for e in self._errors)
 
+    def _make_room(self) -> None:
+        """Makes room for what is left to settle: the last phase's belongs to others."""
+        self._left = empty(self._batch), empty(self._batch)
+        self._job.set(residual=self._left[0].data_ptr(), strength=self._left[1].data_ptr())
+
     def _sweep(self, loop: Any, passes: int) -> Swung:
-        residual, nudge = empty(self._batch), empty(self._batch)
-        self._job.set(residual=residual.data_ptr(), strength=nudge.data_ptr())
         top, below, _, self.active, _, total = self._run(loop, passes)
         if loop is not rise:  # which takes the errors as they are
             self.errors = top + below
         median, middle = math.nan, (self._batch - 1) // 2  # the lower of two, as torch's
         if total == total:
-            median = float(np.partition(residual.numpy(), middle)[middle])
-        return Swung(residual, nudge, median, total)
+            median = float(np.partition(self._left[0].numpy(), middle)[middle])
+        return Swung(*self._left, median, total)
 
     def _run(self, loop: Any, passes: int) -> list[float]:
         """Calls a loop; returns what it has summed up over all samples."""
