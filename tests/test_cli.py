@@ -125,6 +125,15 @@ def test_a_memory_budget_changes_the_plan_and_not_the_result(tmp_path, unplotted
     assert losses(within) == pytest.approx(losses(plain), rel=1e-5)
 
 
+def test_over_relaxed_rounds_end_near_the_same_equilibrium(tmp_path, unplotted):
+    words = ("--model", "hopfield-mlp")
+    plain, _ = trained(tmp_path / "plain", *words)
+    over, _ = trained(tmp_path / "over", *words, "--omega", 1.2)
+    assert over.config == plain.config | {"omega": 1.2}
+    assert losses(over) != losses(plain)
+    assert losses(over) == pytest.approx(losses(plain), rel=0.02)
+
+
 def test_sweeps_bound_the_settling(tmp_path, unplotted):
     for sweeps in (1, 2):
         record, _ = trained(tmp_path / str(sweeps), "--tol", 1e-9, "--sweeps", sweeps)
@@ -353,6 +362,7 @@ def test_a_budget_that_is_too_small_is_a_message(tmp_path):
         (("train", "--batch-size", "0"), "`batch_size` must be >= 1, got 0"),
         (("train", "--lr", "-1"), "lr"),
         (("train", "--depth", "5"), "--depth has no effect with --model mlp"),
+        (("train", "--omega", "1.2"), "--omega has no effect with --settler sweep"),
         (("train", "--settle-steps", "5"), "--settle-steps has no effect with --settler sweep"),
         (("train", "--settler", "limit", "--c", "1"), "--c has no effect with --settler limit"),
         (("train", "--settler", "limit", "--tol", "1"), "--tol has no effect with --settler limit"),

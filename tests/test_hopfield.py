@@ -667,6 +667,18 @@ def test_plain_nets_and_unbounded_units_are_refused():
         LoopedMLP(4, 0, 2)
 
 
+def test_maps_are_halved_by_stride_or_by_pooling():
+    x = torch.rand(2, 1, 9, 9)
+
+    def maps(pool):
+        net = hopfield_cnn(1, 9, 10, (2, 3), pool=pool).couplings()
+        return [shape[1:] for shape in mep.Hopfield().shapes(net, x)]
+
+    assert maps("stride") == [(2, 5, 5), (3, 3, 3), (10,)]
+    assert maps("average") == maps("max") == [(2, 9, 9), (3, 4, 4), (10,)]
+    assert hopfield_cnn(1, 1, 10, (2, 3))(x[..., :1, :1]).shape == (2, 10)
+
+
 def test_smooth_units_of_the_square_potential_have_no_rest():
     model, (x, y) = net_of("tanh, square"), batch()
     with pytest.raises(ValueError, match="no rest in closed form"):
@@ -855,7 +867,7 @@ def test_hopeless_options_of_nets_are_refused():
     with pytest.raises(TypeError, match="`settler` must be a mep"):
         EquilibriumNet(net, settler=mep.GradientDescent())
     with pytest.raises(ValueError, match="for every pooling"):
-        hopfield_cnn(1, 2, 10, (4, 8))
+        hopfield_cnn(1, 2, 10, (4, 8), pool="average")
     found = EquilibriumNet(net).couplings()
     with pytest.raises(ValueError, match="must be Linear"):
         Couplings(found.units[:1], found.interactions[:1])

@@ -134,6 +134,7 @@ def estimator(
     sweeps: int | None,
     settle_steps: int | None,
     tol: float | None,
+    omega: float | None,
     stencil: str | None,
     beta: str | None,
     c: float | None,
@@ -141,7 +142,8 @@ def estimator(
     """The estimator that the options describe; None stands for an option not given."""
     usual = "fixed-point" if model in SYMMETRIC else "sweep"
     settler = pick("--settler", settler or usual, SETTLERS)
-    solver, config = _settler(settler, {"sweeps": sweeps, "settle_steps": settle_steps, "tol": tol})
+    limits = {"sweeps": sweeps, "settle_steps": settle_steps, "tol": tol, "omega": omega}
+    solver, config = _settler(settler, limits)
     if settler == "limit":
         refuse({"stencil": stencil, "beta": beta, "c": c}, "--settler limit: beta cancels")
         return Estimator({"settler": solver}, config, LIMIT)

@@ -30,6 +30,7 @@ def diagnose(
     sweeps: options.Sweeps = None,
     settle_steps: options.SettleSteps = None,
     tol: options.Tol = None,
+    omega: options.Omega = None,
     stencil: options.Stencil = None,
     beta: options.Beta = None,
     c: options.C = None,
@@ -49,7 +50,7 @@ def diagnose(
         data = choices.load(dataset, data_dir, batch)
         make_model, sizes = choices.network(model, data, depth)
         cost = choices.cost(cost, model)
-        way = choices.estimator(model, settler, sweeps, settle_steps, tol, stencil, beta, c)
+        way = choices.estimator(model, settler, sweeps, settle_steps, tol, omega, stencil, beta, c)
         torch.manual_seed(seed)
         net = make_model()
         if checkpoint is not None:

@@ -99,7 +99,7 @@ SETTLERS: Mapping[str, tuple[type[Any], Mapping[str, str]]] = {
     "descent": (mep.GradientDescent, {"settle_steps": "max_steps", "tol": "tol"}),
     "anderson": (mep.Anderson, {"sweeps": "max_steps", "tol": "tol"}),
     "limit": (mep.Limit, {}),
-    "fixed-point": (mep.FixedPoint, {"sweeps": "max_steps", "tol": "tol"}),
+    "fixed-point": (mep.FixedPoint, {"sweeps": "max_steps", "tol": "tol", "omega": "omega"}),
 }
 """Settler -> its class, and the options it takes with the name of the field each one sets."""
 

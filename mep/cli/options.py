@@ -11,7 +11,7 @@ from mep.cli.names import COSTS, DEFAULTS, MODELS, SETTLERS, STENCILS
 
 __all__ = [
     "Batch", "Beta", "C", "Cost", "DataDir", "DatasetName", "Depth", "Device", "MaxSamples",
-    "Model", "Out", "SettleSteps", "Settler", "Stencil", "Sweeps", "Tol",
+    "Model", "Omega", "Out", "SettleSteps", "Settler", "Stencil", "Sweeps", "Tol",
 ]  # fmt: skip
 
 
@@ -44,6 +44,11 @@ SettleSteps = Annotated[
     int | None, typer.Option(min=1, help="Most steps per nudged phase (descent).")
 ]
 Tol = Annotated[float | None, typer.Option(help="Median residual at which settling stops.")]
+Omega = Annotated[
+    float | None,
+    typer.Option(help="Over-relaxation of rounds (fixed-point); 1.2 to 1.3 suits convolutions.",
+                 show_default="1"),
+]  # fmt: skip
 Stencil = Annotated[
     str | None,
     typer.Option(metavar=_of(STENCILS), help="Nodes in beta.", show_default="one-sided"),

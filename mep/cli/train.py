@@ -34,6 +34,7 @@ def train(
     sweeps: options.Sweeps = None,
     settle_steps: options.SettleSteps = None,
     tol: options.Tol = None,
+    omega: options.Omega = None,
     stencil: options.Stencil = None,
     beta: options.Beta = None,
     c: options.C = None,
@@ -90,7 +91,7 @@ def train(
         if memory_budget is not None and settler is None and sweeps is None:
             sweeps = 1  # the only sweep there is within a budget
         cost = choices.cost(cost, model)
-        way = _way(optimizer, model, settler, sweeps, settle_steps, tol, stencil, beta, c)
+        way = _way(optimizer, model, settler, sweeps, settle_steps, tol, omega, stencil, beta, c)
         rule = _given(dataset, lr=lr, momentum=momentum, weight_decay=weight_decay)
         common: dict[str, Any] = {"cost": cost}
         if spectral is not None:

@@ -213,41 +213,45 @@ def hopfield_cnn(
     out_features: int = 10,
     channels: Sequence[int] = (32, 64),
     *,
-    pool: Literal["average", "max"] = "average",
+    pool: Literal["stride", "average", "max"] = "stride",
     potential: str | None = None,
     readout: bool = False,
 ) -> EquilibriumNet:
-    """Returns a convolutional layered Hopfield net: pooled 5x5 convolutions, one output layer.
+    """Returns a convolutional layered Hopfield net: 5x5 convolutions, one output layer.
 
     Args:
         in_channels: channels of the image.
         size: height and width.
         out_features: number of outputs.
         channels: of every convolution.
-        pool: how 2x2 neighbourhoods are pooled on their way up.
+        pool: how maps are halved on their way up: by convolving at every second place only, or by
+            pooling 2x2 activities, which takes four times as many units and products.
         potential: the units' own energy, see ``EquilibriumNet``.
         readout: see ``EquilibriumNet``.
 
     Raises:
-        ValueError: if a size is not positive.
+        ValueError: if a size is not positive, or ``pool`` unknown.
 
     >>> hopfield_cnn(1, 8, 10, (4, 8))(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
 
     Source: Ernoult et al. 2019, sec. 4; Laborieux et al. 2021, table 2.
     """
-    if min(in_channels, size >> len(channels), out_features, *channels) < 1:
+    pooling = {"stride": None, "average": nn.AvgPool2d, "max": nn.MaxPool2d}
+    if pool not in pooling:
+        raise ValueError(f"`pool` must be one of {tuple(pooling)}, got {pool!r}")
+    pooled = pooling[pool]
+    smallest = size >> len(channels) if pooled else size
+    if min(in_channels, smallest, out_features, *channels) < 1:
         raise ValueError(
             f"sizes must be >= 1, and `size` >= 2 for every pooling, got "
             f"{[in_channels, size, out_features, *channels]}"
         )
-    pooling = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
-    if pool not in pooling:
-        raise ValueError(f"`pool` must be 'average' or 'max', got {pool!r}")
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise([in_channels, *channels]):
-        layers += [nn.Conv2d(n_in, n_out, 5, padding=2), nn.Hardtanh(0, 1), pooling[pool](2)]
-        size //= 2
+        layers += [nn.Conv2d(n_in, n_out, 5, 1 if pooled else 2, 2), nn.Hardtanh(0, 1)]
+        layers += [pooled(2)] if pooled else []
+        size = size // 2 if pooled else (size + 1) // 2
     layers += [nn.Flatten(), nn.Linear(channels[-1] * size * size, out_features)]
     return EquilibriumNet(nn.Sequential(*layers), potential=potential, readout=readout)
 
