@@ -1,5 +1,6 @@
 """Model -> Couplings: units with states, and symmetric interactions between their activities."""
 
+from mep.couplings.kinds import unit_of
 from mep.couplings.net import (
     Coupled,
     Couplings,
@@ -9,7 +10,8 @@ from mep.couplings.net import (
     couplings_of,
     identity,
 )
-from mep.couplings.units import CONJUGATE, SQUARE, Linear, Ramp, Unit, unit_of
+from mep.couplings.ramp import Ramp
+from mep.couplings.units import CONJUGATE, SQUARE, Linear, Unit
 
 __all__ = [
     "CONJUGATE",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mep.blocks import Chain, ClosedBlock, Point, TraceError, parameters_of
 from mep.blocks.layers import layer_of
 from mep.blocks.operations import AvgPool2d, Dropout, MaxPool2d, Reshape, operation_of
-from mep.couplings.units import POTENTIALS, Linear, Relaxing, Unit, unit_of
+from mep.couplings.kinds import unit_of
+from mep.couplings.units import POTENTIALS, Linear, Relaxing, Unit
 from mep.curvature import Signal
 
 __all__ = ["Coupled", "Couplings", "Interaction", "Wiring", "block_of", "couplings_of", "identity"]

@@ -82,22 +82,25 @@ class Relaxation:
             rests = [(i, self._rest(at, i)) for i in group]
             for i, rest in rests:
                 if omega != 1 and rest is not at[i]:
-                    unit = self.net.units[i - 1]
-                    s = unit.kept(torch.lerp(at[i], rest, omega))
-                    at.put(i, s, unit.activity_if_kept(s))
+                    at.put_near(i, rest, omega)
                 elif self._nudged(i):  # where it comes to rest depends on where it is
                     at.put(i, rest)
                 else:
                     at.put_to_rest(i, rest)
         return at
 
-    def _rest(self, at: States, i: int) -> Tensor:
+    def _rest(self, at: States, i: int, *, look: bool = False) -> Tensor:
+        """Where a unit comes to rest; with a ``look`` at how far it is from there."""
         unit = self.net.units[i - 1]
         if not self._nudged(i):
-            known, current = at.rests[i - 1], at.current(i)
+            known = at.rests[i - 1]
             if known is None:
-                still = current is self.net.idle[i]
-                known = at.rests[i - 1] = current if still else unit.rest(current)
+                currents = at.currents(i)
+                if currents[0] is self.net.idle[i]:
+                    known = at.rests[i - 1] = currents[0]
+                else:
+                    known, at.gaps[i - 1] = unit.rest_under(currents, at[i] if look else None)
+                    at.rests[i - 1] = known
             return known
         if self.net.readout is not None:
             return unit.rest(self._current(at, i))
@@ -144,8 +147,8 @@ class Relaxation:
 
     def residual(self, at: States) -> Residual:
         states = range(1, len(self.net.units) + 1)
-        left = [self._imbalance(at, i) for i in states if not at.resting[i - 1]]
-        force = _norm(left) if left else at.x.new_zeros(len(at.x))
+        left = [self._gap(at, i) for i in states if not at.resting[i - 1]]
+        force = _total(left) if left else at.x.new_zeros(len(at.x))
         if self.target is None:
             return _relative(force, _norm(at.states))
         nudge = self._nudge(at)
@@ -156,11 +159,14 @@ class Relaxation:
             size = torch.where(size == 0, _UNNUDGED * _norm(at.states), size)
         return _relative(force, size)
 
-    def _imbalance(self, at: States, i: int) -> Tensor:
+    def _gap(self, at: States, i: int) -> Tensor:
+        """How far a unit is from its balance, a norm per sample."""
         unit = self.net.units[i - 1]
-        if unit.at_once:
-            return at[i] - self._rest(at, i)  # the next round takes the same rest
-        return unit.imbalance(at[i], self._current(at, i))
+        if not unit.at_once:
+            return sample_norm(unit.imbalance(at[i], self._current(at, i)))
+        rest = self._rest(at, i, look=True)  # the next round takes the same rest
+        gap = at.gaps[i - 1]
+        return sample_norm(at[i] - rest) if gap is None else gap
 
 
 def _relative(force: Tensor, size: Tensor) -> Residual:
@@ -169,5 +175,8 @@ def _relative(force: Tensor, size: Tensor) -> Residual:
 
 def _norm(tensors: list[Tensor]) -> Tensor:
     """The norm of every sample over all tensors, ``(B,)``."""
-    norms = [sample_norm(t) for t in tensors]
+    return _total([sample_norm(t) for t in tensors])
+
+
+def _total(norms: list[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm(dim=0)

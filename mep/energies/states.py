@@ -31,6 +31,7 @@ class States:
 
     Attributes:
         rests: by number from 0, where a unit comes to rest under its current; None if not known.
+        gaps: per sample, how far it is from there, ``(B,)``; None if not known.
         resting: whether an unknown is that very rest.
     """
 
@@ -50,6 +51,7 @@ class States:
         self._pulled: list[Tensor | None] = [None for _ in net.interactions]
         self._currents: list[Tensor | None] = [None for _ in unknowns]
         self.rests: list[Tensor | None] = [None for _ in unknowns]
+        self.gaps: list[Tensor | None] = [None for _ in unknowns]
         self.resting = [False for _ in unknowns]
         self._read: tuple[Tensor, Point] | None = None
 
@@ -60,6 +62,7 @@ class States:
         twin._pushed, twin._pulled = list(self._pushed), list(self._pulled)
         twin._currents = list(self._currents)
         twin.rests = [None for _ in self.rests]
+        twin.gaps = [None for _ in self.gaps]
         twin.resting = [False for _ in self.resting]
         return twin
 
@@ -95,6 +98,7 @@ class States:
         interactions = self.net.interactions
         self._unknowns[i - 1] = s
         self._activities[i] = activity
+        self.gaps[i - 1] = None
         self.resting[i - 1] = False
         for k in self.net.out_of[i - 1]:
             self._pushed[k] = None
@@ -111,14 +115,21 @@ class States:
     def _forget(self, i: int) -> None:
         """The current of ``s_i`` has changed."""
         if i > 0:
-            self._currents[i - 1] = self.rests[i - 1] = None
+            self._currents[i - 1] = self.rests[i - 1] = self.gaps[i - 1] = None
             self.resting[i - 1] = False
 
-    def put_to_rest(self, i: int, s: Tensor) -> None:
+    def put_to_rest(self, i: int, rest: Tensor) -> None:
         """Changes ``s_i`` to the rest under a current, which other changes may have outdated."""
-        valid = self._currents[i - 1] is not None
-        self.put(i, s, self.net.units[i - 1].activity_if_kept(s))
-        self.resting[i - 1] = valid and self._currents[i - 1] is not None
+        self.put(i, rest, self.net.units[i - 1].activity_if_kept(rest))
+        self.resting[i - 1] = self.rests[i - 1] is rest
+
+    def put_near(self, i: int, rest: Tensor, share: float) -> None:
+        """Changes ``s_i`` by a share of its way there, as far as it may go."""
+        unit = self.net.units[i - 1]
+        s, gap = unit.approach(self[i], rest, share)
+        self.put(i, s, unit.activity_if_kept(s))
+        if self.rests[i - 1] is rest:
+            self.gaps[i - 1] = gap
 
     def activity(self, i: int) -> Tensor:
         """``rho(s_i)``, or its change; the input itself for ``i = 0``."""
@@ -145,15 +156,27 @@ class States:
 
     def current(self, i: int) -> Tensor:
         """``I_i``, all that the other states send to ``s_i``, or its change."""
-        known, net = self._currents[i - 1], self.net
+        known = self._currents[i - 1]
         if known is None:
-            into = [k for k in net.into[i - 1] if not self.idle(net.interactions[k].source)]
-            out_of = [k for k in net.out_of[i - 1] if self._returns(k)]
-            terms = [(self.pushed(k)[0], net.interactions[k].factor) for k in into]
-            terms += [(self.pulled(k), net.interactions[k].factor) for k in out_of]
-            known = self._currents[i - 1] = _sum(terms) if terms else net.idle[i]
+            terms = self._terms(i)
+            known = self._currents[i - 1] = _sum(terms) if terms else self.net.idle[i]
             assert known is not None
         return known
+
+    def currents(self, i: int) -> list[Tensor]:
+        """One or two tensors whose sum is ``I_i``."""
+        if self._currents[i - 1] is None:
+            terms = self._terms(i)
+            if len(terms) == 2 and all(factor == 1 for _, factor in terms):
+                return [term for term, _ in terms]
+        return [self.current(i)]
+
+    def _terms(self, i: int) -> list[tuple[Tensor, float]]:
+        net = self.net
+        into = [k for k in net.into[i - 1] if not self.idle(net.interactions[k].source)]
+        out_of = [k for k in net.out_of[i - 1] if self._returns(k)]
+        terms = [(self.pushed(k)[0], net.interactions[k].factor) for k in into]
+        return terms + [(self.pulled(k), net.interactions[k].factor) for k in out_of]
 
     def idle(self, i: int) -> bool:
         """Whether ``s_i`` is known to exert nothing; the input for ``i = 0``."""

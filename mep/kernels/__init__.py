@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mep.kernels.gpu import GpuLoops
     from mep.kernels.library import Native
     from mep.kernels.loops import Loops
+    from mep.kernels.ramp import Ramps
     from mep.kernels.segments import CapturedSegments
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "eager",
     "kernels_of",
     "loops_of",
+    "ramps_of",
     "rows",
 ]
 
@@ -93,6 +95,26 @@ def kernels_of(activation: str, like: Tensor) -> Kernels | None:
     if like.dtype != torch.float32 or not like.is_cpu or _eager.get():
         return None
     return _kernels(activation)
+
+
+def ramps_of(*tensors: Tensor | None) -> Ramps | None:
+    """Returns the arithmetic of ramps that settle for such tensors, of one shape, or None."""
+    known = [t for t in tensors if t is not None]
+    s = known[0]
+    if s.dtype != torch.float32 or not s.is_cpu or _eager.get() or torch.is_grad_enabled():
+        return None
+    if not all(t.is_contiguous() and t.dtype == s.dtype and t.shape == s.shape for t in known):
+        return None
+    return _ramps()
+
+
+@cache
+def _ramps() -> Ramps | None:
+    if not available():
+        return None
+    from mep.kernels.ramp import Ramps
+
+    return Ramps(native())
 
 
 def loops_of(activation: str, weights: Sequence[Tensor]) -> Loops | GpuLoops | None:
