@@ -17,7 +17,7 @@ ALLOWED = {
     "kernels": [],
     "blocks": ["curvature", "kernels"],
     "settling": [],
-    "couplings": ["blocks", "curvature"],
+    "couplings": ["blocks", "curvature", "kernels"],
     "energies": ["blocks", "couplings", "curvature", "settling", "kernels"],
     "contrast": ["curvature", "memory", "blocks", "couplings", "settling", "energies", "kernels"],
     "init": [],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.blocks import Chain, ClosedBlock, Point, TraceError, parameters_of
+from mep.blocks.layers import Linear as Matrix
 from mep.blocks.layers import layer_of
 from mep.blocks.operations import AvgPool2d, Dropout, MaxPool2d, Reshape, operation_of
 from mep.couplings.kinds import unit_of
@@ -47,6 +48,12 @@ class Interaction:
     def linear(self) -> bool:
         """Whether what is pulled does not depend on the activity that it is pulled to."""
         return all(isinstance(op, (AvgPool2d, Reshape)) for op in self.block.operations)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether nothing but a weight's matrix, and its transpose, lies between two activities."""
+        plain = self.feedback is None and self.factor == 1 and not self.block.operations
+        return plain and type(self.block.layer) is Matrix
 
     def push(self, a: Tensor) -> tuple[Tensor, Point]:
         """Returns the current ``W g(a) + b`` into the target, and the point of ``a``."""

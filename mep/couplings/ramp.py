@@ -33,6 +33,11 @@ class Ramp(Unit):
 
     at_once = True  # the least force, where a kink allows several
 
+    @property
+    def box(self) -> tuple[float, float]:  # type: ignore[override]
+        """The kinks."""
+        return self.low, self.high
+
     def activity(self, s: Tensor) -> Tensor:
         return s.clamp(self.low, self.high)
 
@@ -60,13 +65,13 @@ class Ramp(Unit):
         fused = ramps_of(*terms, s)
         if fused is None:
             return super().rest_under(terms, s)
-        return fused.rest((self.low, self.high), terms, s)
+        return fused.rest(self.box, terms, s)
 
     def approach(self, s: Tensor, rest: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
         fused = ramps_of(s, rest)
         if fused is None:
             return super().approach(s, rest, share)
-        return fused.approach((self.low, self.high), s, rest, share)
+        return fused.approach(self.box, s, rest, share)
 
     def activity_if_kept(self, s: Tensor) -> Tensor:
         return s
@@ -96,6 +101,16 @@ class _DisplacedRamp(Relaxing):
 
     at_once = True
 
+    @property
+    def box(self) -> tuple[float, float]:  # type: ignore[override]
+        """The ramp's own kinks."""
+        return self.unit.box
+
+    @property
+    def offset(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The state, and what is beyond."""
+        return self.origin, self.beyond
+
     @cached_property
     def low(self) -> Tensor:
         """The lower kink, less the state."""
@@ -122,14 +137,13 @@ class _DisplacedRamp(Relaxing):
         fused = ramps_of(*terms, s, self.origin, self.beyond)
         if fused is None:
             return super().rest_under(terms, s)
-        bounds = self.unit.low, self.unit.high
-        return fused.rest(bounds, terms, s, self.origin, self.beyond)
+        return fused.rest(self.box, terms, s, self.origin, self.beyond)
 
     def approach(self, s: Tensor, rest: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
         fused = ramps_of(s, rest, self.origin)
         if fused is None:
             return super().approach(s, rest, share)
-        return fused.approach((self.unit.low, self.unit.high), s, rest, share, self.origin)
+        return fused.approach(self.box, s, rest, share, self.origin)
 
     def activity_if_kept(self, s: Tensor) -> Tensor:
         return s

@@ -15,6 +15,7 @@ like the unit itself, and no digit of a small displacement is lost to the state:
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -34,9 +35,15 @@ class Relaxing(ABC):
 
     Attributes:
         at_once: whether what is left to settle is the way to the rest, not a force.
+        box: the bounds of a unit that rests at its current, clipped, and acts as it is; None for
+            other units.
+        offset: the state that such a unit is displaced from, if it is, and how far outside the box
+            its current is there, where it rests on the rim.
     """
 
     at_once: ClassVar[bool] = False
+    box: tuple[float, float] | None = None
+    offset: tuple[Tensor, Tensor] | None = None
 
     @abstractmethod
     def activity(self, s: Tensor) -> Tensor:
@@ -116,6 +123,7 @@ class Linear(Unit):
     """
 
     analytic = True
+    box = (-math.inf, math.inf)
 
     def activity(self, s: Tensor) -> Tensor:
         return s

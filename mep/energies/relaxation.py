@@ -8,14 +8,19 @@ rest of the net as its current ``I_i``, what all interactions push up and pull d
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mep.blocks import sample_norm
 from mep.energies.costs import Cost
+from mep.energies.rounds import compiled_rounds
 from mep.energies.states import States
 from mep.settling import ALTERNATING, BACKWARD, FORWARD, SYNCHRONOUS, Residual
+
+if TYPE_CHECKING:
+    from mep.kernels.rounds import Rounds
 
 __all__ = ["Relaxation"]
 
@@ -53,6 +58,7 @@ class Relaxation:
         self.target = target
         self._start = start
         self._reference = reference
+        self._compiles = True  # until it turns out that it does not
 
     def start(self) -> States:
         return self._start.copy()
@@ -78,6 +84,10 @@ class Relaxation:
 
         With another ``omega`` than 1 a unit goes that share of its way, as far as it may.
         """
+        rounds = None if order == SYNCHRONOUS else at.rounds or self._rounds(at)
+        if rounds is not None:
+            at.relax_in(rounds, self._orders[order], omega)
+            return at
         for group in self._orders[order]:
             rests = [(i, self._rest(at, i)) for i in group]
             for i, rest in rests:
@@ -88,6 +98,14 @@ class Relaxation:
                 else:
                     at.put_to_rest(i, rest)
         return at
+
+    def _rounds(self, at: States) -> Rounds | None:
+        """Room in which these states relax in compiled rounds, if there are any for them."""
+        if self._compiles:
+            found = compiled_rounds(at, self.cost, self.target, self.beta)
+            self._compiles = found is not None
+            return found
+        return None
 
     def _rest(self, at: States, i: int, *, look: bool = False) -> Tensor:
         """Where a unit comes to rest; with a ``look`` at how far it is from there."""
@@ -146,6 +164,8 @@ class Relaxation:
         return found, self.residual(at)
 
     def residual(self, at: States) -> Residual:
+        if at.rounds is not None:
+            return self._relative_to_nudge(at, at.rounds.gaps.norm(dim=0), at.rounds.nudge)
         states = range(1, len(self.net.units) + 1)
         left = [self._gap(at, i) for i in states if not at.resting[i - 1]]
         force = _total(left) if left else at.x.new_zeros(len(at.x))
@@ -154,7 +174,10 @@ class Relaxation:
         nudge = self._nudge(at)
         if self.net.readout is not None:
             nudge = self.net.units[-1].slope(at[states[-1]]) * nudge
-        size = sample_norm(nudge) * self._reference
+        return self._relative_to_nudge(at, force, sample_norm(nudge))
+
+    def _relative_to_nudge(self, at: States, force: Tensor, nudge: Tensor) -> Residual:
+        size = nudge * self._reference
         if not bool(size.all()):  # nothing to learn there is no reason not to settle
             size = torch.where(size == 0, _UNNUDGED * _norm(at.states), size)
         return _relative(force, size)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mep.blocks import Point
 from mep.couplings import Couplings, Wiring
+
+if TYPE_CHECKING:
+    from mep.kernels.rounds import Rounds
 
 __all__ = ["States", "displaced"]
 
@@ -33,6 +37,7 @@ class States:
         rests: by number from 0, where a unit comes to rest under its current; None if not known.
         gaps: per sample, how far it is from there, ``(B,)``; None if not known.
         resting: whether an unknown is that very rest.
+        rounds: where these states relax, if that is in room of their own; a copy has none.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class States:
         self.gaps: list[Tensor | None] = [None for _ in unknowns]
         self.resting = [False for _ in unknowns]
         self._read: tuple[Tensor, Point] | None = None
+        self.rounds: Rounds | None = None
 
     def copy(self) -> States:
         """Returns the same, to be changed on its own; what is known is shared."""
@@ -64,7 +70,36 @@ class States:
         twin.rests = [None for _ in self.rests]
         twin.gaps = [None for _ in self.gaps]
         twin.resting = [False for _ in self.resting]
+        if self.rounds is not None:  # what lies there may change
+            states = range(1, len(self._unknowns) + 1)
+            nothing = [None for _ in states]
+            twin._take([self[i] if self.idle(i) else self[i].clone() for i in states],
+                       nothing, nothing)  # fmt: skip
         return twin
+
+    def relax_in(self, rounds: Rounds, groups: Sequence[Sequence[int]], omega: float) -> None:
+        """Takes a round of relaxation there, where these states are from now on."""
+        rounds.relax(groups, omega)
+        states = zip(rounds.states, self.unknowns, strict=True)
+        known = [idle if s is None else s for s, idle in states]
+        self._take(known, rounds.below, rounds.above)
+        self.rounds = rounds
+
+    def _take(
+        self,
+        states: Sequence[Tensor],
+        below: Sequence[Tensor | None],
+        above: Sequence[Tensor | None],
+    ) -> None:
+        """Changes all states of a chain of plain weights, and what is known to be sent."""
+        self._unknowns[:], self._activities[1:] = states, states
+        for k, (pushed, a) in enumerate(zip(below[1:], states, strict=False), 1):
+            self._pushed[k] = None if pushed is None else (pushed, Point([a], []))
+        for k, pulled in enumerate(above[:-1], 1):
+            self._pulled[k] = pulled
+        self._currents = [None for _ in states]
+        self.rests, self.gaps = [None for _ in states], [None for _ in states]
+        self.resting, self._read = [False for _ in states], None
 
     def placed(self, unknowns: Sequence[Tensor]) -> States:
         """Returns other unknowns of the same net."""
@@ -96,6 +131,7 @@ class States:
     def put(self, i: int, s: Tensor, activity: Tensor | None = None) -> None:
         """Changes ``s_i``, from 1; its activity may be known already."""
         interactions = self.net.interactions
+        self.rounds = None
         self._unknowns[i - 1] = s
         self._activities[i] = activity
         self.gaps[i - 1] = None
@@ -130,6 +166,13 @@ class States:
         self.put(i, s, unit.activity_if_kept(s))
         if self.rests[i - 1] is rest:
             self.gaps[i - 1] = gap
+
+    @property
+    def sent_up(self) -> list[Tensor | None]:
+        """What every interaction pushes, as far as it is known; nothing where nothing comes."""
+        idle = [self.idle(c.source) for c in self.net.interactions]
+        known = zip(self._pushed, idle, strict=True)
+        return [None if pushed is None or still else pushed[0] for pushed, still in known]
 
     def activity(self, i: int) -> Tensor:
         """``rho(s_i)``, or its change; the input itself for ``i = 0``."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mep.kernels.library import Native
     from mep.kernels.loops import Loops
     from mep.kernels.ramp import Ramps
+    from mep.kernels.rounds import Rounds
     from mep.kernels.segments import CapturedSegments
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "kernels_of",
     "loops_of",
     "ramps_of",
+    "rounds_of",
     "rows",
 ]
 
@@ -106,6 +108,41 @@ def ramps_of(*tensors: Tensor | None) -> Ramps | None:
     if not all(t.is_contiguous() and t.dtype == s.dtype and t.shape == s.shape for t in known):
         return None
     return _ramps()
+
+
+def rounds_of(
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    bounds: Sequence[tuple[float, float]],
+    start: Sequence[Tensor],
+    still: set[int],
+    below: Sequence[Tensor | None],
+    offsets: Sequence[tuple[Tensor, Tensor] | None],
+    target: Tensor,
+    beta: float,
+) -> Rounds | None:
+    """Returns room in which a perceptron's coupled states relax, or None without kernels for it.
+
+    Args:
+        weights: from below, None for the first state.
+        biases: of the states, or None.
+        bounds: of the states.
+        start: the states to start from.
+        still: numbers of those that exert nothing.
+        below: what comes from below, as far as it is known.
+        offsets: of displacements, or None.
+        target: of the output.
+        beta: nudging strength.
+    """
+    found, s = native(), start[0]
+    known = [*weights, *biases, target, *(t for pair in offsets for t in pair or ())]
+    if found is None or ramps_of(s) is None or not len(s):
+        return None
+    if not all(t is None or _is_like(t, s) for t in known) or any(t.dim() != 2 for t in start):
+        return None
+    from mep.kernels.rounds import Rounds
+
+    return Rounds(found, weights, biases, bounds, start, still, below, offsets, target, beta)
 
 
 @cache

@@ -20,7 +20,7 @@ from mep.kernels.cpu import compiled, doubles, floats
 from mep.kernels.library import Native
 from mep.kernels.team import COMMON, call, share
 
-__all__ = ["Ramps"]
+__all__ = ["Ramps", "approach", "rest"]
 
 _f32 = numba.float32
 _kernel = partial(compiled, njit)
@@ -36,7 +36,7 @@ def _clip(x, low, high):
 
 
 @_kernel
-def _rest(low, high, share_, a_, b_, origin_, beyond_, s_, rest_, gap_, batch, n):
+def rest(low, high, share_, a_, b_, origin_, beyond_, s_, rest_, gap_, batch, n):
     """``rest <- clip(a + b)`` and per sample ``gap <- ||s - rest||``.
 
     ``b`` may be 0, none; ``s`` and ``gap`` may be, too. With an ``origin``, of displacements from
@@ -48,7 +48,7 @@ def _rest(low, high, share_, a_, b_, origin_, beyond_, s_, rest_, gap_, batch, n
     origin = numba.carray(floats(origin_ if displaced else a_), (batch, n))
     beyond = numba.carray(floats(beyond_ if displaced else a_), (batch, n))
     s = numba.carray(floats(s_ if looked else a_), (batch, n))
-    rest, least, most = numba.carray(floats(rest_), (batch, n)), _f32(low), _f32(high)
+    found, least, most = numba.carray(floats(rest_), (batch, n)), _f32(low), _f32(high)
     for k in range(batch):
         total = _f32(0)
         for j in range(n):
@@ -58,7 +58,7 @@ def _rest(low, high, share_, a_, b_, origin_, beyond_, s_, rest_, gap_, batch, n
                 value = _clip(current + beyond[k, j], least - own, most - own)
             else:
                 value = _clip(current, least, most)
-            rest[k, j] = value
+            found[k, j] = value
             if looked:
                 left = s[k, j] - value
                 total += left * left
@@ -66,27 +66,38 @@ def _rest(low, high, share_, a_, b_, origin_, beyond_, s_, rest_, gap_, batch, n
             numba.carray(floats(gap_), (batch,))[k] = math.sqrt(total)
 
 
-@_kernel
-def _approach(low, high, share_, s_, rest_, origin_, moved_, gap_, batch, n):
-    """``moved <- clip(s + share (rest - s))``, and per sample ``gap <- ||moved - rest||``."""
-    s, rest = numba.carray(floats(s_), (batch, n)), numba.carray(floats(rest_), (batch, n))
-    displaced = origin_ != 0
-    origin = numba.carray(floats(origin_ if displaced else s_), (batch, n))
-    moved, gap = numba.carray(floats(moved_), (batch, n)), numba.carray(floats(gap_), (batch,))
-    least, most, part = _f32(low), _f32(high), _f32(share_)
+@njit(inline="always")
+def _approached(s, rest_of, origin, displaced, moved, gap, least, most, part, batch, n):
     for k in range(batch):
         total = _f32(0)
         for j in range(n):
-            value = s[k, j] + part * (rest[k, j] - s[k, j])
+            value = s[k, j] + part * (rest_of[k, j] - s[k, j])
             if displaced:
                 own = origin[k, j]
                 value = _clip(value, least - own, most - own)
             else:
                 value = _clip(value, least, most)
             moved[k, j] = value
-            left = value - rest[k, j]
+            left = value - rest_of[k, j]
             total += left * left
         gap[k] = math.sqrt(total)
+
+
+@_kernel
+def approach(low, high, share_, s_, rest_, origin_, moved_, gap_, batch, n):
+    """``moved <- clip(s + share (rest - s))``, and per sample ``gap <- ||moved - rest||``.
+
+    ``moved`` may be ``s``; with an ``origin``, the bounds are as much lower.
+    """
+    s, rest_of = numba.carray(floats(s_), (batch, n)), numba.carray(floats(rest_), (batch, n))
+    displaced, gap = origin_ != 0, numba.carray(floats(gap_), (batch,))
+    origin = numba.carray(floats(origin_ if displaced else rest_), (batch, n))
+    least, most, part = _f32(low), _f32(high), _f32(share_)
+    if moved_ == s_:  # one array by two names would not be vectorised
+        _approached(s, rest_of, origin, displaced, s, gap, least, most, part, batch, n)
+    else:
+        moved = numba.carray(floats(moved_), (batch, n))
+        _approached(s, rest_of, origin, displaced, moved, gap, least, most, part, batch, n)
 
 
 @njit(inline="always")
@@ -98,7 +109,7 @@ def _rests(job):
     head = numba.carray(job, (_FIRST + 7,))
     lo, rows = share(head, head[_BATCH])
     at, numbers = 4 * lo * head[_N], numba.carray(doubles(head[_NUMBERS]), (3,))
-    _rest(
+    rest(
         numbers[0], numbers[1], numbers[2], head[_FIRST] + at, _from(head[_FIRST + 1], at),
         _from(head[_FIRST + 2], at), _from(head[_FIRST + 3], at), _from(head[_FIRST + 4], at),
         head[_FIRST + 5] + at, _from(head[_FIRST + 6], 4 * lo), rows, head[_N],
@@ -109,7 +120,7 @@ def _approaches(job):
     head = numba.carray(job, (_FIRST + 5,))
     lo, rows = share(head, head[_BATCH])
     at, numbers = 4 * lo * head[_N], numba.carray(doubles(head[_NUMBERS]), (3,))
-    _approach(
+    approach(
         numbers[0], numbers[1], numbers[2], head[_FIRST] + at, head[_FIRST + 1] + at,
         _from(head[_FIRST + 2], at), head[_FIRST + 3] + at, head[_FIRST + 4] + 4 * lo,
         rows, head[_N],
@@ -139,11 +150,11 @@ class Ramps:
         With an ``origin`` in displacements from it, with a current of ``beyond`` more.
         """
         first, second = terms[0], terms[1] if len(terms) > 1 else None
-        rest, gap = torch.empty_like(first), None if s is None else s.new_empty(len(s))
+        found, gap = torch.empty_like(first), None if s is None else s.new_empty(len(s))
         self._take(
-            _rest, _rests, (*bounds, 0.0), first, first, second, origin, beyond, s, rest, gap
+            rest, _rests, (*bounds, 0.0), first, first, second, origin, beyond, s, found, gap
         )
-        return rest, gap
+        return found, gap
 
     def approach(
         self,
@@ -155,7 +166,7 @@ class Ramps:
     ) -> tuple[Tensor, Tensor]:
         """Returns a share of the way from ``s`` to its rest, clipped, and what is left of it."""
         moved, gap = torch.empty_like(s), s.new_empty(len(s))
-        self._take(_approach, _approaches, (*bounds, share), s, s, rest, origin, moved, gap)
+        self._take(approach, _approaches, (*bounds, share), s, s, rest, origin, moved, gap)
         return moved, gap
 
     def _take(
