@@ -11,7 +11,7 @@ from torch import Tensor
 from mep.couplings.units import SQUARE, Relaxing, Unit
 from mep.kernels import ramps_of
 
-__all__ = ["Ramp"]
+__all__ = ["DisplacedRamp", "Ramp"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Ramp(Unit):
     def around(self, s: Tensor, current: Tensor) -> Relaxing:
         rest = self.rest(current)
         beyond = torch.sub(current, rest).masked_fill_(s != rest, 0)
-        return _DisplacedRamp(self, s, beyond)
+        return DisplacedRamp(self, s, beyond)
 
 
 @dataclass(frozen=True, eq=False)
-class _DisplacedRamp(Relaxing):
+class DisplacedRamp(Relaxing):
     """Displacements of a ramp that stay within its box, where both potentials are one.
 
     Args:

@@ -1,0 +1,249 @@
+"""Compiled rounds of a coupled perceptron, against the rounds they stand for."""
+
+import pytest
+import torch
+from torch import nn
+
+import mep
+from mep.bench.robustness import _Noisy
+from mep.couplings import Couplings
+from mep.energies.costs import CrossEntropy, SquaredError
+from mep.energies.equilibrium import Equilibrium, forward_start
+from mep.energies.hopfield import Hopfield
+from mep.energies.relaxation import Relaxation
+from mep.energies.states import States
+from mep.kernels import eager
+from mep.models import EquilibriumNet, LoopedMLP, hopfield_mlp
+from mep.settling import settle
+
+pytest.importorskip("numba")
+from mep.kernels import rounds as module
+
+SIZES = (12, (9, 7, 8), 5)
+# Two rounds leave a state that is at rest, and some that are not.
+ORDERS = ["alternating", "forward", "backward"]
+
+
+def net_and_batch(batch=40, sizes=SIZES, scale=1.5):
+    torch.manual_seed(0)
+    model = hopfield_mlp(*sizes)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)  # units at both rims
+    return model, torch.rand(batch, sizes[0]), torch.randint(sizes[2], (batch,))
+
+
+def free_phase(model, x, y, solver):
+    net = Hopfield().read(model, "analytic")
+    return Equilibrium(net, x, y, SquaredError(), solver, 0.3)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The instructions of every round: what is computed, and of which state."""
+    taken = []
+    call = module.call
+
+    def noted(found, loop, job, batch, work):
+        length = int(job[module._LENGTH])
+        taken.append([tuple(map(int, row)) for row in job[-3 * length :].reshape(-1, 3)])
+        call(found, loop, job, batch, work)
+
+    monkeypatch.setattr(module, "call", noted)
+    return taken
+
+
+def phases(model, x, y, order, omega, rounds):
+    """Where the free phase and two nudged ones are after some rounds, and their residuals."""
+    solver = mep.FixedPoint(rounds, None, order, omega)
+    free = free_phase(model, x, y, solver)
+    found = [free.settled]
+    found += [settle(free.nudged(beta), solver) for beta in (0.3, -0.3)]
+    return [(p.configuration.unknowns, p.balance.per_sample) for p in found]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("omega", [1.0, 0.7, 1.2])
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_rounds_are_those_without_kernels(order, omega, rounds, threads, programs):
+    model, x, y = net_and_batch(sizes=(400, (300, 200), 10), batch=64, scale=1.0)
+    found = phases(model, x, y, order, omega, rounds)
+    assert len(programs) == 3 * rounds
+    with eager():
+        wanted = phases(model, x, y, order, omega, rounds)
+    assert len(programs) == 3 * rounds
+    for (states, residual), (true, known) in zip(found, wanted, strict=True):
+        for one, other in zip(states, true, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
+        # A residual is what is left: of numbers of 1, roundings of 1e-7 each, through two products.
+        torch.testing.assert_close(residual, known, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_product_is_computed_once_a_round(order, programs):
+    model, x, y = net_and_batch()
+    free = free_phase(model, x, y, mep.FixedPoint(4, None, order, 1.1))
+    products = [[row for row in program if row[0] <= 1] for program in programs]
+    states, known = range(1, 5), [(0, i) for i in (2, 3, 4)]
+    every = {*known, *((1, i) for i in states[:-1])}
+    assert [sorted(row[:2] for row in rows) for rows in products[1:]] == [sorted(every)] * 3
+    programs.clear()
+    settle(free.nudged(0.3), mep.FixedPoint(1, None, "alternating"))
+    # The output moves, the state below it, and nothing else: that is all that has to be sent.
+    assert [row for row in programs[0] if row[0] <= 1] == [(1, 3, 0), (1, 2, 0), (0, 4, 0)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_kept_of_states_is_what_new_ones_would_compute(order, programs):
+    model, x, y = net_and_batch()
+    free = free_phase(model, x, y, mep.FixedPoint(3, None, order, 1.1))
+    nudged = settle(free.nudged(0.3), mep.FixedPoint(2, None, order)).configuration
+    for at in (free.settled.configuration, nudged):
+        fresh = States(at.net, at.x, at.unknowns, at.free)
+        assert at.rounds is not None and fresh.rounds is None
+        for i in range(1, len(at.unknowns) + 1):
+            torch.testing.assert_close(at.current(i), fresh.current(i), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(at.activity(i), fresh.activity(i))
+        for k in range(len(at.net.interactions)):
+            for one, other in zip(at.pushed(k)[1].values, fresh.pushed(k)[1].values, strict=True):
+                assert one.shape == other.shape and (at.free or torch.equal(one, other))
+    assert len(programs) == 3 + 2
+
+
+def test_copies_and_what_has_been_put_do_not_follow(programs):
+    model, x, y = net_and_batch()
+    net, cost = Hopfield().read(model, "analytic"), SquaredError()
+    with torch.no_grad():
+        start = forward_start(net, x)
+        target = cost.prepare(y, start.output)
+        problem = Relaxation(start, cost, target, 0.0, 1.0)
+        before = [s.clone() for s in start.unknowns]
+        at = problem.relax(problem.start(), "alternating")
+        copy, known = at.copy(), [s.clone() for s in at.unknowns]
+        problem.relax(at, "alternating")
+        assert not torch.equal(at[1], known[0])
+        for i, (s, original) in enumerate(zip(known, before, strict=True), 1):
+            assert torch.equal(copy[i], s) and torch.equal(start[i], original)
+            torch.testing.assert_close(
+                copy.current(i), States(net, x, known).current(i), rtol=1e-5, atol=1e-6
+            )
+        assert len(programs) == 2
+        put = torch.full_like(at[2], 0.25)
+        at.put(2, put)
+        problem.relax(at, "synchronous")  # by the reference: neighbours move at once
+        assert len(programs) == 2
+        fresh = States(net, x, [known[0], put, *known[2:]])
+        again = problem.relax(fresh, "alternating")
+        assert len(programs) == 3 and not torch.equal(again[2], put)
+
+
+def test_samples_that_are_not_nudged_settle_to_their_states(programs):
+    model, x, y = net_and_batch(batch=6)
+    solver = mep.FixedPoint(200, 1e-6, share=1.0)
+    free = free_phase(model, x, y, solver)
+    output = free.settled.configuration.output
+    target = nn.functional.one_hot(y, 5).float()
+    target[2] = output[2]
+    again = free_phase(model, x, target, solver).settled
+    with eager():
+        wanted = free_phase(model, x, target, solver).settled
+    assert again.status == wanted.status == "converged"
+    assert again.balance.per_sample.isfinite().all() and programs
+
+
+def test_what_is_not_finite_diverges(programs):
+    model, x, y = net_and_batch()
+    x[3, 2] = torch.nan
+    settled = free_phase(model, x, y, mep.FixedPoint(3)).settled
+    assert settled.status == "diverged" and programs
+    assert settled.configuration[1][[0, 1, 2, 4]].isfinite().all()
+
+
+def _noisy(net):
+    return Couplings([_Noisy(net.units[0], 0.1), *net.units[1:]], net.interactions)
+
+
+def _fed_back(net):
+    last = net.interactions[-1]
+    other = torch.randn_like(last.block.layer.weight)
+    kept = net.interactions[:-1]
+    return Couplings(
+        net.units, [*kept, type(last)(last.source, last.target, last.block, 1.0, other)]
+    )
+
+
+def _hidden(activation, **options):
+    return EquilibriumNet(
+        nn.Sequential(nn.Linear(12, 9), activation, nn.Linear(9, 7), activation, nn.Linear(7, 5)),
+        **options,
+    ).couplings()
+
+
+OTHERS = {
+    "smooth units": lambda: _hidden(nn.Tanh()),
+    "a read-out": lambda: _hidden(nn.Hardtanh(0, 1), readout=True),
+    "a skip": lambda: EquilibriumNet(
+        nn.Sequential(
+            nn.Linear(12, 7), nn.Hardtanh(0, 1), nn.Linear(7, 7), nn.Hardtanh(0, 1),
+            nn.Linear(7, 5),
+        ),
+        skips={(1, 2): 0.1},
+    ).couplings(),
+    "recurrent": lambda: LoopedMLP(12, 7, 5).couplings(),
+    "noise": lambda: _noisy(hopfield_mlp(12, (9, 7), 5).couplings()),
+    "feedback": lambda: _fed_back(hopfield_mlp(12, (9, 7), 5).couplings()),
+    "double precision": lambda: hopfield_mlp(12, (9, 7), 5).double().couplings(),
+    "a convolution": lambda: mep.models.hopfield_cnn(1, 6, 5, (2, 3)).couplings(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_nets_take_the_reference(name, programs):
+    torch.manual_seed(0)
+    net = OTHERS[name]()
+    shape = (8, 1, 6, 6) if name == "a convolution" else (8, 12)
+    x, y = torch.rand(shape).to(net.parameter.dtype), torch.randint(5, (8,))
+    Equilibrium(net, x, y, SquaredError(), mep.FixedPoint(2), 0.3)
+    assert not programs
+
+
+def test_other_costs_and_complex_nudges_take_the_reference(programs):
+    model, x, y = net_and_batch()
+    net = Hopfield().read(model, "analytic")
+    Equilibrium(net, x, y, CrossEntropy(), mep.FixedPoint(2), 0.3)
+    assert not programs
+    with torch.no_grad():
+        start = forward_start(net, x)
+        Relaxation(start, None, None, 0.0, 1.0).relax(start.copy(), "alternating")
+    assert not programs
+
+
+@pytest.mark.parametrize(
+    "solver", [mep.FixedPoint(300, 1e-5, share=1.0), mep.Anderson(300, 1e-5, 1)]
+)
+def test_a_training_step_is_that_without_kernels(solver, programs):
+    def step():
+        model, x, y = net_and_batch(scale=1.0)
+        opt = mep.EPOptimizer(
+            model.parameters(), model=model, lr=0.5, cost="mse", beta=0.2, settler=solver,
+            stencil=mep.centered,
+        )  # fmt: skip
+        for _ in range(3):
+            opt.step(x=x, target=y)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    found = step()
+    assert programs
+    with eager():
+        programs.clear()
+        wanted = step()
+        assert not programs
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
