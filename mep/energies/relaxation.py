@@ -165,7 +165,7 @@ class Relaxation:
 
     def residual(self, at: States) -> Residual:
         if at.rounds is not None:
-            return self._relative_to_nudge(at, at.rounds.gaps.norm(dim=0), at.rounds.nudge)
+            return self._relative_to_nudge(at, at.rounds.force, at.rounds.nudge)
         states = range(1, len(self.net.units) + 1)
         left = [self._gap(at, i) for i in states if not at.resting[i - 1]]
         force = _total(left) if left else at.x.new_zeros(len(at.x))

@@ -34,12 +34,12 @@ _BELOW, _ABOVE = 0, 1
 # how far it is from there; move, a share of the way there, and how far it is then;
 _REST, _MOVE = 2, 3
 # output, its rest under the nudge and what comes from below (1) or nothing (0); look, how far it is
-# from there, and from the target.
+# from there, and from the target, and how far all states are from their balance.
 _OUTPUT, _LOOK = 4, 5
 
 _f32 = numba.float32
 _SGEMM, _BATCH = 0, 4
-_STATES, _NUMBERS, _TARGET, _SIZE, _PROGRAM, _LENGTH, _HEAD = range(COMMON, COMMON + 7)
+_STATES, _NUMBERS, _TARGET, _NUDGE, _FORCE, _PROGRAM, _LENGTH, _HEAD = range(COMMON, COMMON + 8)
 # Of every state: width, weight from below, its bias (0 without), the state, what comes from below
 # and above, where it rests, how far that is, the origin of displacements and what is beyond (0
 # without). Numbers: share, beta, and then both bounds of every state.
@@ -79,6 +79,18 @@ def _look(s_, rest_, target_, beta, gap_, size_, rows, n):
             nudge += (s[b, j] - target[b, j]) ** 2
         gap[b] = (_f32(1) + beta) * math.sqrt(left)
         size[b] = math.sqrt(nudge)
+
+
+@njit(inline="always")
+def _add_up(gaps, one, force_, rows):
+    force = numba.carray(floats(force_), (rows,))
+    force[:] = 0
+    for i in range(1, len(gaps)):
+        gap = numba.carray(floats(gaps[i] + one), (rows,))
+        for b in range(rows):
+            force[b] += gap[b] * gap[b]
+    for b in range(rows):
+        force[b] = math.sqrt(force[b])
 
 
 def _run(job):
@@ -126,8 +138,9 @@ def _run(job):
         else:
             _look(
                 s[i] + at, rests[i] + at, head[_TARGET] + at, beta, gaps[i] + one,
-                head[_SIZE] + one, rows, n,
+                head[_NUDGE] + one, rows, n,
             )  # fmt: skip
+            _add_up(gaps, one, head[_FORCE] + one, rows)
     as_before(head, before)
 
 
@@ -141,7 +154,7 @@ class Rounds:
         weights: from below, ``(n_i, n_{i-1})`` each; None for the first state, whose current from
             below does not change.
         biases: ``(n_i,)`` each, or None.
-        bounds: of every state but the output, which has none.
+        bounds: of every state, infinite for the output.
         start: the states to start from, ``(B, n_i)`` each.
         still: numbers, from 1, of those that exert nothing, being displacements of 0.
         below: what comes from below, as far as it is known; for the first state None stands for
@@ -151,7 +164,7 @@ class Rounds:
         beta: nudging strength.
 
     Attributes:
-        gaps: how far a unit is from its balance, by state and sample, ``(n, B)``.
+        force: how far all units are from their balance, a norm per sample, ``(B,)``.
         nudge: what a nudge of strength 1 takes from the output's current, a norm per sample.
     """
 
@@ -178,17 +191,17 @@ class Rounds:
             if kept is not None:
                 self._up[i - 1].copy_(kept)
                 self._below.add(i)
-        self.gaps = target.new_zeros(len(start), self._batch)
-        self.nudge = target.new_empty(self._batch)
+        gaps = target.new_zeros(len(start), self._batch)  # what is still has none to go
+        self.force, self.nudge = target.new_empty(2, self._batch)
         self._numbers = np.array([1.0, beta, 0.0, 0.0, *(b for pair in bounds for b in pair)])
         origins, beyond = zip(*(pair or (None, None) for pair in offsets), strict=True)
-        self._kept = weights, biases, offsets, target, rests  # as long as their addresses
-        parts = (weights, biases, self._s, self._up, self._down, rests, [*self.gaps], origins,
+        self._kept = weights, biases, offsets, target, rests, gaps  # as long as their addresses
+        parts = (weights, biases, self._s, self._up, self._down, rests, [*gaps], origins,
                  beyond)  # fmt: skip
         tables = [[0, *(s.shape[1] for s in start)], *([0, *addresses(part)] for part in parts)]
         self._work = self._batch * sum(0 if w is None else w.numel() for w in weights)
         count = len(start) + 1
-        own = [count, self._numbers.ctypes.data, target.data_ptr(), self.nudge.data_ptr()]
+        own = [count, self._numbers.ctypes.data, *addresses([target, self.nudge, self.force])]
         own += [_HEAD + _TABLES * count, 0]
         self._job = np.array([*[0] * COMMON, *own, *chain(*tables)], dtype=np.int64)
 
