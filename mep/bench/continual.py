@@ -80,7 +80,7 @@ ARMS = {
     "backprop-diagonal": Arm("backprop, EWC (diagonal)", "backprop", _diagonal, _DIAGONAL),
     "ep-diagonal": Arm("EP, EWC (diagonal)", "ep", _diagonal, _DIAGONAL),
     "ep-online": Arm("EP, EWC (diagonal, online)", "ep", _online, _DIAGONAL),
-    "ep-si": Arm("EP, synaptic intelligence", "ep", mep.SynapticIntelligence, (0.03, 0.1, 0.3)),
+    "ep-si": Arm("EP, synaptic intelligence", "ep", mep.SynapticIntelligence, _FACTORS),
     "ep-replay": Arm("EP, replay", replay=True),
     "joint": Arm("backprop, all tasks at once", "backprop", joint=True),
 }
