@@ -72,6 +72,7 @@ def test_a_share_of_the_way(shape, share, threads):
         with torch.no_grad():
             moved = unit.approach(start, rest, share)[0]
         torch.testing.assert_close(moved, unit.kept(start + share * (rest - start)))
+        assert share != 1 or torch.equal(moved, rest)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

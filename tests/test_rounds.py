@@ -1,16 +1,20 @@
 """Compiled rounds of a coupled perceptron, against the rounds they stand for."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
 import mep
 from mep.bench.robustness import _Noisy
-from mep.couplings import Couplings
-from mep.energies.costs import CrossEntropy, SquaredError
-from mep.energies.equilibrium import Equilibrium, forward_start
+from mep.couplings import Couplings, Interaction, Ramp
+from mep.energies.costs import SquaredError
+from mep.energies.equilibrium import Equilibrium, contraction, fixed_point, forward_start
 from mep.energies.hopfield import Hopfield
 from mep.energies.relaxation import Relaxation
+from mep.energies.rounds import compiled_rounds
 from mep.energies.states import States
 from mep.kernels import eager
 from mep.models import EquilibriumNet, LoopedMLP, hopfield_mlp
@@ -20,7 +24,6 @@ pytest.importorskip("numba")
 from mep.kernels import rounds as module
 
 SIZES = (12, (9, 7, 8), 5)
-# Two rounds leave a state that is at rest, and some that are not.
 ORDERS = ["alternating", "forward", "backward"]
 
 
@@ -118,31 +121,149 @@ def test_what_is_kept_of_states_is_what_new_ones_would_compute(order, programs):
     assert len(programs) == 3 + 2
 
 
-def test_copies_and_what_has_been_put_do_not_follow(programs):
+@pytest.fixture
+def free_problem():
+    """A free phase that has not begun, of a net with units at both rims."""
     model, x, y = net_and_batch()
     net, cost = Hopfield().read(model, "analytic"), SquaredError()
     with torch.no_grad():
         start = forward_start(net, x)
-        target = cost.prepare(y, start.output)
-        problem = Relaxation(start, cost, target, 0.0, 1.0)
-        before = [s.clone() for s in start.unknowns]
-        at = problem.relax(problem.start(), "alternating")
+        return Relaxation(start, cost, cost.prepare(y, start.output), 0.0, 1.0)
+
+
+def same(ask, **bounds):
+    """What is asked for is the same with kernels and without."""
+    with torch.no_grad():
+        found = ask()
+        with eager():
+            wanted = ask()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, **(bounds or {"rtol": 1e-4, "atol": 2e-6}))
+    return found
+
+
+def test_a_copy_has_a_room_of_its_own(free_problem, programs):
+    def ask():
+        at = free_problem.relax(free_problem.start(), "alternating")
         copy, known = at.copy(), [s.clone() for s in at.unknowns]
-        problem.relax(at, "alternating")
+        moved = free_problem.relax(copy, "alternating")
+        assert all(torch.equal(at[i], s) for i, s in enumerate(known, 1))
+        assert not torch.equal(moved[1], known[0])
+        left = free_problem.residual(at.copy()).per_sample
+        torch.testing.assert_close(left, free_problem.residual(at).per_sample, rtol=1e-4, atol=1e-6)
+        free_problem.relax(at, "alternating")
         assert not torch.equal(at[1], known[0])
-        for i, (s, original) in enumerate(zip(known, before, strict=True), 1):
-            assert torch.equal(copy[i], s) and torch.equal(start[i], original)
-            torch.testing.assert_close(
-                copy.current(i), States(net, x, known).current(i), rtol=1e-5, atol=1e-6
-            )
-        assert len(programs) == 2
-        put = torch.full_like(at[2], 0.25)
-        at.put(2, put)
-        problem.relax(at, "synchronous")  # by the reference: neighbours move at once
-        assert len(programs) == 2
-        fresh = States(net, x, [known[0], put, *known[2:]])
-        again = problem.relax(fresh, "alternating")
-        assert len(programs) == 3 and not torch.equal(again[2], put)
+        return [*moved.unknowns, free_problem.residual(moved).per_sample]
+
+    same(ask)
+    assert len(programs) == 3
+
+
+def test_what_is_kept_by_hand_moves_nothing_else(free_problem, programs):
+    """Deep copies and files have no addresses in them."""
+    with torch.no_grad():
+        settled = settle(free_problem, mep.FixedPoint(2, None))
+        known = [s.clone() for s in settled.configuration.unknowns]
+        for other in (copy.deepcopy(settled), pickle.loads(pickle.dumps(settled))):
+            free_problem.relax(other.configuration, "alternating")
+            assert not torch.equal(other.configuration[1], known[0])
+        assert all(torch.equal(settled.configuration[i], s) for i, s in enumerate(known, 1))
+    assert len(programs) == 4
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "synchronous"])
+@pytest.mark.parametrize("omega", [1.0, 0.7])
+def test_new_states_wherever_they_are(free_problem, order, omega, programs):
+    """Inside their box or not, with nothing computed yet."""
+    at = free_problem.start()
+    drawn = torch.Generator().manual_seed(3)
+    states = [2 * torch.randn(s.shape, generator=drawn) for s in at.unknowns]
+
+    def ask():
+        fresh = States(at.net, at.x, states)
+        moved = free_problem.relax(fresh, order, omega)
+        free_problem.relax(moved, order, omega)
+        return [*moved.unknowns, free_problem.residual(moved).per_sample]
+
+    same(ask, rtol=1e-3, atol=1e-5)
+    assert len(programs) == (order != "synchronous")  # inside after the first round
+
+
+def test_what_has_been_put_is_what_relaxes(free_problem, programs):
+    def ask():
+        at = free_problem.relax(free_problem.start(), "alternating")
+        at.put(2, torch.full_like(at[2], 0.25))
+        free_problem.relax(at, "synchronous")
+        free_problem.relax(at, "alternating")
+        return at.unknowns
+
+    same(ask)
+    assert programs
+
+
+@pytest.mark.parametrize("beta", [0.4, -0.4])
+def test_another_nudge_has_another_room(free_problem, beta, programs):
+    at = free_problem.relax(free_problem.start(), "alternating")
+
+    def ask():
+        start = free_problem.relax(free_problem.start(), "alternating")
+        other = Relaxation(start, free_problem.cost, free_problem.target, beta, abs(beta))
+        before = other.residual(start).per_sample
+        moved = other.relax(start, "alternating")
+        return [*moved.unknowns, before, other.residual(moved).per_sample]
+
+    found = same(ask, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(found[-3], free_problem.relax(at, "alternating")[4])
+
+
+@pytest.mark.parametrize("omega", [1.0, 1.3])
+def test_units_rest_on_their_rims_to_the_last_bit(omega, programs):
+    """What is beyond a rim is known only of those."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Linear(12, 40), nn.Hardtanh(-0.3, 0.7), nn.Linear(40, 40), nn.Hardtanh(-0.3, 0.7),
+        nn.Linear(40, 5),
+    )  # fmt: skip
+    for p in net.parameters():
+        p.data.mul_(3)
+    x, y = torch.randn(64, 12), torch.randint(5, (64,))
+    free = free_phase(EquilibriumNet(net), x, y, mep.FixedPoint(6, None, omega=omega))
+    at = free.settled.configuration
+    for i in (1, 2):
+        rest = at.current(i).clamp(-0.3, 0.7)
+        rim = (rest - at[i]).abs() < 1e-5
+        rim &= (rest == rest.new_tensor(-0.3)) | (rest == rest.new_tensor(0.7))
+        assert rim.any() and torch.equal(at[i][rim], rest[rim])
+    assert programs
+
+
+def test_a_displacement_that_nothing_holds_goes_back(programs):
+    model, x, y = net_and_batch()
+    free = free_phase(model, x, y, mep.FixedPoint(30, None))
+    programs.clear()
+
+    def ask():
+        problem = free.nudged(0.3)
+        at = problem.start()
+        d = (0.2 * torch.ones_like(at[1])).clamp(at.net.units[0].low, at.net.units[0].high)
+        at.put(1, d, d)
+        problem.relax(at, "alternating")
+        return [*at.unknowns, problem.residual(at).per_sample]
+
+    same(ask, rtol=1e-3, atol=1e-5)
+    assert programs
+
+
+def test_the_spectral_radius_is_that_without_kernels(free_problem):
+    radii = []
+
+    def ask():
+        at = fixed_point(free_problem, "alternating")
+        radii.append(contraction(free_problem, at, "alternating"))
+        return at.unknowns
+
+    same(ask, rtol=1e-3, atol=1e-5)
+    assert radii[0] == pytest.approx(radii[1], rel=0.02)
 
 
 def test_samples_that_are_not_nudged_settle_to_their_states(programs):
@@ -180,6 +301,41 @@ def _fed_back(net):
     )
 
 
+class _Odd(Ramp):
+    """A ramp that rests elsewhere."""
+
+    def rest(self, current):
+        return super().rest(current).mul(0.5)
+
+
+class _Loud(Interaction):
+    def push(self, a):
+        pushed, point = super().push(a)
+        return 2 * pushed, point
+
+
+class _Biased(SquaredError):
+    pass
+
+
+def _odd(net):
+    unit = net.units[0]
+    return Couplings([_Odd(unit.low, unit.high, unit.potential), *net.units[1:]], net.interactions)
+
+
+def _loud(net):
+    last = net.interactions[-1]
+    return Couplings(
+        net.units, [*net.interactions[:-1], _Loud(last.source, last.target, last.block)]
+    )
+
+
+def _narrow(net):
+    layer = net.interactions[1].block.layer.module
+    layer.bias = nn.Parameter(torch.ones(1))  # torch broadcasts it
+    return net
+
+
 def _hidden(activation, **options):
     return EquilibriumNet(
         nn.Sequential(nn.Linear(12, 9), activation, nn.Linear(9, 7), activation, nn.Linear(7, 5)),
@@ -200,6 +356,9 @@ OTHERS = {
     "recurrent": lambda: LoopedMLP(12, 7, 5).couplings(),
     "noise": lambda: _noisy(hopfield_mlp(12, (9, 7), 5).couplings()),
     "feedback": lambda: _fed_back(hopfield_mlp(12, (9, 7), 5).couplings()),
+    "a unit of another kind": lambda: _odd(hopfield_mlp(12, (9, 7), 5).couplings()),
+    "an interaction of another kind": lambda: _loud(hopfield_mlp(12, (9, 7), 5).couplings()),
+    "a bias of another shape": lambda: _narrow(hopfield_mlp(12, (9, 7), 5).couplings()),
     "double precision": lambda: hopfield_mlp(12, (9, 7), 5).double().couplings(),
     "a convolution": lambda: mep.models.hopfield_cnn(1, 6, 5, (2, 3)).couplings(),
 }  # fmt: skip
@@ -215,19 +374,29 @@ def test_other_nets_take_the_reference(name, programs):
     assert not programs
 
 
-def test_other_costs_and_complex_nudges_take_the_reference(programs):
-    model, x, y = net_and_batch()
-    net = Hopfield().read(model, "analytic")
-    Equilibrium(net, x, y, CrossEntropy(), mep.FixedPoint(2), 0.3)
+def test_other_costs_and_nudges_take_the_reference(free_problem, programs):
+    at, cost, target = free_problem.start(), free_problem.cost, free_problem.target
+    with torch.no_grad():
+        for other in (
+            Relaxation(at, _Biased(), target, 0.0, 1.0),
+            Relaxation(at, None, None, 0.0, 1.0),
+            Relaxation(at, cost, target[:1], 0.0, 1.0),  # torch broadcasts it
+        ):
+            other.relax(other.start(), "alternating")
+        assert compiled_rounds(at, cost, target, 0.3j) is None
     assert not programs
     with torch.no_grad():
-        start = forward_start(net, x)
-        Relaxation(start, None, None, 0.0, 1.0).relax(start.copy(), "alternating")
+        free_problem.relax(free_problem.start(), "alternating")
+        assert compiled_rounds(at, cost, target, 0.3) is not None
+    assert programs
+    programs.clear()
+    with torch.enable_grad():
+        free_problem.relax(free_problem.start(), "alternating")
     assert not programs
 
 
 @pytest.mark.parametrize(
-    "solver", [mep.FixedPoint(300, 1e-5, share=1.0), mep.Anderson(300, 1e-5, 1)]
+    "solver", [mep.FixedPoint(300, 1e-5, share=1.0), mep.Anderson(300, 1e-5, 1), mep.Anderson(4)]
 )
 def test_a_training_step_is_that_without_kernels(solver, programs):
     def step():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class _Noisy:
 
     unit: Unit
     deviation: float
+    box: ClassVar[None] = None  # it does not act as it is
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unit, name)

@@ -10,7 +10,7 @@ from mep.couplings.net import (
     couplings_of,
     identity,
 )
-from mep.couplings.ramp import DisplacedRamp, Ramp
+from mep.couplings.ramp import Ramp
 from mep.couplings.units import CONJUGATE, SQUARE, Linear, Unit
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "SQUARE",
     "Coupled",
     "Couplings",
-    "DisplacedRamp",
     "Interaction",
     "Linear",
     "Ramp",

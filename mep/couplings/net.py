@@ -51,9 +51,13 @@ class Interaction:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether nothing but a weight's matrix, and its transpose, lies between two activities."""
+        """Whether nothing but a weight's matrix, and its transpose, lies between two activities.
+
+        Not of subclasses, which may send something else.
+        """
         plain = self.feedback is None and self.factor == 1 and not self.block.operations
-        return plain and type(self.block.layer) is Matrix
+        known = type(self) in (Interaction, _Change) and type(self.block) is ClosedBlock
+        return plain and known and type(self.block.layer) is Matrix
 
     def push(self, a: Tensor) -> tuple[Tensor, Point]:
         """Returns the current ``W g(a) + b`` into the target, and the point of ``a``."""

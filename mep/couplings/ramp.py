@@ -34,9 +34,9 @@ class Ramp(Unit):
     at_once = True  # the least force, where a kink allows several
 
     @property
-    def box(self) -> tuple[float, float]:  # type: ignore[override]
-        """The kinks."""
-        return self.low, self.high
+    def box(self) -> tuple[float, float] | None:  # type: ignore[override]
+        """The kinks; None of a subclass, which may act otherwise."""
+        return (self.low, self.high) if type(self) is Ramp else None
 
     def activity(self, s: Tensor) -> Tensor:
         return s.clamp(self.low, self.high)
@@ -62,16 +62,16 @@ class Ramp(Unit):
         return current.clamp(self.low, self.high)
 
     def rest_under(self, terms: list[Tensor], s: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        fused = ramps_of(*terms, s)
-        if fused is None:
+        box, fused = self.box, ramps_of(*terms, s)
+        if box is None or fused is None:
             return super().rest_under(terms, s)
-        return fused.rest(self.box, terms, s)
+        return fused.rest(box, terms, s)
 
     def approach(self, s: Tensor, rest: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
-        fused = ramps_of(s, rest)
-        if fused is None:
+        box, fused = self.box, ramps_of(s, rest)
+        if box is None or fused is None:
             return super().approach(s, rest, share)
-        return fused.approach(self.box, s, rest, share)
+        return fused.approach(box, s, rest, share)
 
     def activity_if_kept(self, s: Tensor) -> Tensor:
         return s
@@ -102,7 +102,7 @@ class DisplacedRamp(Relaxing):
     at_once = True
 
     @property
-    def box(self) -> tuple[float, float]:  # type: ignore[override]
+    def box(self) -> tuple[float, float] | None:  # type: ignore[override]
         """The ramp's own kinks."""
         return self.unit.box
 
@@ -134,16 +134,16 @@ class DisplacedRamp(Relaxing):
         return self.kept(current + self.beyond)
 
     def rest_under(self, terms: list[Tensor], s: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        fused = ramps_of(*terms, s, self.origin, self.beyond)
-        if fused is None:
+        box, fused = self.box, ramps_of(*terms, s, self.origin, self.beyond)
+        if box is None or fused is None:
             return super().rest_under(terms, s)
-        return fused.rest(self.box, terms, s, self.origin, self.beyond)
+        return fused.rest(box, terms, s, self.origin, self.beyond)
 
     def approach(self, s: Tensor, rest: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
-        fused = ramps_of(s, rest, self.origin)
-        if fused is None:
+        box, fused = self.box, ramps_of(s, rest, self.origin)
+        if box is None or fused is None:
             return super().approach(s, rest, share)
-        return fused.approach(self.box, s, rest, share, self.origin)
+        return fused.approach(box, s, rest, share, self.origin)
 
     def activity_if_kept(self, s: Tensor) -> Tensor:
         return s

@@ -33,7 +33,8 @@ def forward_start(net: Couplings, x: Tensor) -> States:
     at = States(net, x, [None] * len(net.units))
     for i, unit in enumerate(net.units, 1):
         try:
-            at.put(i, unit.start(at.from_below(i)))
+            s = unit.start(at.from_below(i))
+            at.put(i, s, unit.activity_if_kept(s))
         except (RuntimeError, IndexError, ValueError) as error:
             blocks = [net.interactions[k].block for k in net.into[i - 1]]
             below = ", ".join(block.describe() or block.name for block in blocks)

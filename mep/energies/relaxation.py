@@ -59,6 +59,7 @@ class Relaxation:
         self._start = start
         self._reference = reference
         self._compiles = True  # until it turns out that it does not
+        self._rounds: Rounds | None = None
 
     def start(self) -> States:
         return self._start.copy()
@@ -84,9 +85,9 @@ class Relaxation:
 
         With another ``omega`` than 1 a unit goes that share of its way, as far as it may.
         """
-        rounds = None if order == SYNCHRONOUS else at.rounds or self._rounds(at)
-        if rounds is not None:
-            at.relax_in(rounds, self._orders[order], omega)
+        if order != SYNCHRONOUS and self._compile(at):
+            assert self._rounds is not None
+            at.relax_in(self._rounds, self._orders[order], omega)
             return at
         for group in self._orders[order]:
             rests = [(i, self._rest(at, i)) for i in group]
@@ -99,13 +100,20 @@ class Relaxation:
                     at.put_to_rest(i, rest)
         return at
 
-    def _rounds(self, at: States) -> Rounds | None:
-        """Room in which these states relax in compiled rounds, if there are any for them."""
-        if self._compiles:
-            found = compiled_rounds(at, self.cost, self.target, self.beta)
-            self._compiles = found is not None
-            return found
-        return None
+    def _compile(self, at: States) -> bool:
+        """Returns whether there are compiled rounds for these states, which are made then."""
+        if self._has_room(at):
+            return not torch.is_grad_enabled()
+        if self._compiles and at.are_activities:
+            self._rounds = compiled_rounds(at, self.cost, self.target, self.beta)
+            self._compiles = self._rounds is not None
+        else:
+            self._rounds = None
+        return self._rounds is not None
+
+    def _has_room(self, at: States) -> bool:
+        """Whether these states lie in this problem's own room, not in that of another nudge."""
+        return self._rounds is not None and at.rounds is self._rounds
 
     def _rest(self, at: States, i: int, *, look: bool = False) -> Tensor:
         """Where a unit comes to rest; with a ``look`` at how far it is from there."""
@@ -164,8 +172,9 @@ class Relaxation:
         return found, self.residual(at)
 
     def residual(self, at: States) -> Residual:
-        if at.rounds is not None:
-            return self._relative_to_nudge(at, at.rounds.force, at.rounds.nudge)
+        if self._has_room(at):
+            assert self._rounds is not None
+            return self._relative_to_nudge(at, self._rounds.force, self._rounds.nudge)
         states = range(1, len(self.net.units) + 1)
         left = [self._gap(at, i) for i in states if not at.resting[i - 1]]
         force = _total(left) if left else at.x.new_zeros(len(at.x))

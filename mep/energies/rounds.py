@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mep.couplings import DisplacedRamp, Linear, Ramp, Wiring
+from mep.couplings import Wiring
 from mep.energies.costs import Cost, SquaredError
 from mep.energies.states import States
 from mep.kernels import rounds_of
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from mep.kernels.rounds import Rounds
 
 __all__ = ["compiled_rounds"]
-
-# Units that rest at their current, clipped; others that are made of these may act otherwise.
-_CLIPPED = (Linear, Ramp, DisplacedRamp)
 
 
 def compiled_rounds(
@@ -59,5 +56,5 @@ def _is_perceptron(net: Wiring) -> bool:
         and [(c.source, c.target) for c in net.interactions] == chain
         and net.interactions[0].factor == 1
         and all(c.is_matrix for c in net.interactions[1:])
-        and all(type(unit) in _CLIPPED for unit in net.units)
+        and all(unit.box is not None for unit in net.units)
     )

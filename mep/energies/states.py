@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -76,6 +76,10 @@ class States:
             twin._take([self[i] if self.idle(i) else self[i].clone() for i in states],
                        nothing, nothing)  # fmt: skip
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a file: its room is its own, and addresses mean nothing elsewhere."""
+        return self.__dict__ | {"rounds": None}
 
     def relax_in(self, rounds: Rounds, groups: Sequence[Sequence[int]], omega: float) -> None:
         """Takes a round of relaxation there, where these states are from now on."""
@@ -168,11 +172,19 @@ class States:
             self.gaps[i - 1] = gap
 
     @property
+    def are_activities(self) -> bool:
+        """Whether every state is known to act as it is, or to exert nothing."""
+        states = enumerate(zip(self._unknowns, self._activities[1:], strict=True), 1)
+        return all(s is not None and (a is s or self.idle(i)) for i, (s, a) in states)
+
+    @property
     def sent_up(self) -> list[Tensor | None]:
-        """What every interaction pushes, as far as it is known; nothing where nothing comes."""
-        idle = [self.idle(c.source) for c in self.net.interactions]
-        known = zip(self._pushed, idle, strict=True)
-        return [None if pushed is None or still else pushed[0] for pushed, still in known]
+        """What every interaction pushes, as far as it is known, and what the input does.
+
+        None for an input that exerts nothing, too.
+        """
+        first = None if self.idle(0) else self.pushed(0)[0]
+        return [first, *(None if known is None else known[0] for known in self._pushed[1:])]
 
     def activity(self, i: int) -> Tensor:
         """``rho(s_i)``, or its change; the input itself for ``i = 0``."""

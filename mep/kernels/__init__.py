@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,10 +136,16 @@ def rounds_of(
         beta: nudging strength.
     """
     found, s = native(), start[0]
-    known = [*weights, *biases, target, *(t for pair in offsets for t in pair or ())]
-    if found is None or ramps_of(s) is None or not len(s):
+    if found is None or ramps_of(s) is None:
         return None
-    if not all(t is None or _is_like(t, s) for t in known) or any(t.dim() != 2 for t in start):
+    widths = [t.shape[-1] for t in start]
+    shapes = [
+        *((w, (m, n)) for w, (n, m) in zip(weights[1:], pairwise(widths), strict=True)),
+        *((b, (n,)) for b, n in zip(biases, widths, strict=True)),
+        *((t, (len(s), n)) for t, n in zip([*start, target], [*widths, widths[-1]], strict=True)),
+        *((t, own.shape) for own, pair in zip(start, offsets, strict=True) for t in pair or ()),
+    ]
+    if not all(t is None or (t.shape == size and _is_like(t, s)) for t, size in shapes):
         return None
     from mep.kernels.rounds import Rounds
 

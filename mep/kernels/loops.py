@@ -21,20 +21,31 @@ from torch import Tensor
 
 from mep.kernels.cpu import activate, doubles, floats, nudge, pull
 from mep.kernels.library import Native
-from mep.kernels.team import COMMON, N, T, alone, as_before, call, lane, product, share
+from mep.kernels.team import (
+    BATCH,
+    COMMON,
+    SGEMM,
+    N,
+    T,
+    alone,
+    as_before,
+    call,
+    lane,
+    product,
+    share,
+)
 
 __all__ = ["Loops"]
 
-_SGEMM, _BATCH = 0, 4
 _KIND, _WIDTH, _LAST, _DEPTH, _FIRST, _NUMBERS, _CHANGE, _HEAD = range(COMMON, COMMON + 8)
 
 
 def _free(job):
     """``y <- phi(s)``, ``f <- W y + b`` layer after layer, where ``f`` is the next ``s``."""
     head = numba.carray(job, (_HEAD,))
-    sgemm, kind, n, last, depth = head[_SGEMM], head[_KIND], head[_WIDTH], head[_LAST], head[_DEPTH]
+    sgemm, kind, n, last, depth = head[SGEMM], head[_KIND], head[_WIDTH], head[_LAST], head[_DEPTH]
     s, y, f, weights, biases = numba.carray(job, (_HEAD + 5 * depth,))[_HEAD:].reshape(5, depth)
-    lo, rows = share(head, head[_BATCH])
+    lo, rows = share(head, head[BATCH])
     before, bias, out, at = alone(head), 0, n, 4 * lo * n
     for k in range(depth):
         activate(kind, s[k] + at, bias, y[k] + at, rows, n)
@@ -54,9 +65,9 @@ def _free(job):
 def _descend(job):
     """``p <- W^T e_above``, ``e <- phi'(s) p`` from the last layer down, and all ``||e||^2``."""
     head = numba.carray(job, (_HEAD,))
-    sgemm, kind, n, last, depth = head[_SGEMM], head[_KIND], head[_WIDTH], head[_LAST], head[_DEPTH]
+    sgemm, kind, n, last, depth = head[SGEMM], head[_KIND], head[_WIDTH], head[_LAST], head[_DEPTH]
     y, p, e, weights = numba.carray(job, (_HEAD + 4 * depth,))[_HEAD:].reshape(4, depth)
-    lo, rows = share(head, head[_BATCH])
+    lo, rows = share(head, head[BATCH])
     before, total, at = alone(head), 0.0, 4 * lo * n
     above = head[_FIRST] + 4 * lo * last
     for k in range(depth - 1, -1, -1):
@@ -71,10 +82,10 @@ def _descend(job):
 def _climb(job):
     """``d <- W (phi(s + d) - phi(s))`` layer after layer, each but the first with ``+ beta e``."""
     head = numba.carray(job, (_HEAD,))
-    sgemm, kind, n, last, depth = head[_SGEMM], head[_KIND], head[_WIDTH], head[_LAST], head[_DEPTH]
+    sgemm, kind, n, last, depth = head[SGEMM], head[_KIND], head[_WIDTH], head[_LAST], head[_DEPTH]
     tables = numba.carray(job, (_HEAD + 8 * depth,))[_HEAD:].reshape(8, depth)
     s, y, p, e, y_new, norm, above, weights = tables
-    lo, rows = share(head, head[_BATCH])
+    lo, rows = share(head, head[BATCH])
     before, share_of_e, at = alone(head), 0.0, 4 * lo * n
     d, change = head[_FIRST] + at, head[_CHANGE] + at
     beta = numba.carray(doubles(head[_NUMBERS]), (1,))[0]

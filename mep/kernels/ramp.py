@@ -18,16 +18,13 @@ from torch import Tensor
 
 from mep.kernels.cpu import compiled, doubles, floats
 from mep.kernels.library import Native
-from mep.kernels.team import COMMON, call, share
+from mep.kernels.team import BATCH, COMMON, LARGE, call, share
 
 __all__ = ["Ramps", "approach", "rest"]
 
 _f32 = numba.float32
 _kernel = partial(compiled, njit)
-_BATCH = 4
 _N, _NUMBERS, _FIRST = range(COMMON, COMMON + 3)
-# Numbers from which it takes less time to wake another thread than to pass over them alone.
-_LARGE = 100_000
 
 
 @njit(inline="always")
@@ -36,7 +33,7 @@ def _clip(x, low, high):
 
 
 @_kernel
-def rest(low, high, share_, a_, b_, origin_, beyond_, s_, rest_, gap_, batch, n):
+def rest(low, high, a_, b_, origin_, beyond_, s_, rest_, gap_, batch, n):
     """``rest <- clip(a + b)`` and per sample ``gap <- ||s - rest||``.
 
     ``b`` may be 0, none; ``s`` and ``gap`` may be, too. With an ``origin``, of displacements from
@@ -68,11 +65,14 @@ def rest(low, high, share_, a_, b_, origin_, beyond_, s_, rest_, gap_, batch, n)
 
 @njit(inline="always")
 def _approached(s, rest_of, origin, displaced, moved, gap, least, most, part, batch, n):
+    whole = part == 1
     for k in range(batch):
         total = _f32(0)
         for j in range(n):
             value = s[k, j] + part * (rest_of[k, j] - s[k, j])
-            if displaced:
+            if whole:  # to the last bit: a rim is compared with
+                value = rest_of[k, j]
+            elif displaced:
                 own = origin[k, j]
                 value = _clip(value, least - own, most - own)
             else:
@@ -84,7 +84,7 @@ def _approached(s, rest_of, origin, displaced, moved, gap, least, most, part, ba
 
 
 @_kernel
-def approach(low, high, share_, s_, rest_, origin_, moved_, gap_, batch, n):
+def approach(low, high, part, s_, rest_, origin_, moved_, gap_, batch, n):
     """``moved <- clip(s + share (rest - s))``, and per sample ``gap <- ||moved - rest||``.
 
     ``moved`` may be ``s``; with an ``origin``, the bounds are as much lower.
@@ -92,7 +92,7 @@ def approach(low, high, share_, s_, rest_, origin_, moved_, gap_, batch, n):
     s, rest_of = numba.carray(floats(s_), (batch, n)), numba.carray(floats(rest_), (batch, n))
     displaced, gap = origin_ != 0, numba.carray(floats(gap_), (batch,))
     origin = numba.carray(floats(origin_ if displaced else rest_), (batch, n))
-    least, most, part = _f32(low), _f32(high), _f32(share_)
+    least, most, part = _f32(low), _f32(high), _f32(part)
     if moved_ == s_:  # one array by two names would not be vectorised
         _approached(s, rest_of, origin, displaced, s, gap, least, most, part, batch, n)
     else:
@@ -107,10 +107,10 @@ def _from(address, offset):
 
 def _rests(job):
     head = numba.carray(job, (_FIRST + 7,))
-    lo, rows = share(head, head[_BATCH])
-    at, numbers = 4 * lo * head[_N], numba.carray(doubles(head[_NUMBERS]), (3,))
+    lo, rows = share(head, head[BATCH])
+    at, numbers = 4 * lo * head[_N], numba.carray(doubles(head[_NUMBERS]), (2,))
     rest(
-        numbers[0], numbers[1], numbers[2], head[_FIRST] + at, _from(head[_FIRST + 1], at),
+        numbers[0], numbers[1], head[_FIRST] + at, _from(head[_FIRST + 1], at),
         _from(head[_FIRST + 2], at), _from(head[_FIRST + 3], at), _from(head[_FIRST + 4], at),
         head[_FIRST + 5] + at, _from(head[_FIRST + 6], 4 * lo), rows, head[_N],
     )  # fmt: skip
@@ -118,7 +118,7 @@ def _rests(job):
 
 def _approaches(job):
     head = numba.carray(job, (_FIRST + 5,))
-    lo, rows = share(head, head[_BATCH])
+    lo, rows = share(head, head[BATCH])
     at, numbers = 4 * lo * head[_N], numba.carray(doubles(head[_NUMBERS]), (3,))
     approach(
         numbers[0], numbers[1], numbers[2], head[_FIRST] + at, head[_FIRST + 1] + at,
@@ -151,9 +151,7 @@ class Ramps:
         """
         first, second = terms[0], terms[1] if len(terms) > 1 else None
         found, gap = torch.empty_like(first), None if s is None else s.new_empty(len(s))
-        self._take(
-            rest, _rests, (*bounds, 0.0), first, first, second, origin, beyond, s, found, gap
-        )
+        self._take(rest, _rests, bounds, first, first, second, origin, beyond, s, found, gap)
         return found, gap
 
     def approach(
@@ -171,16 +169,16 @@ class Ramps:
 
     def _take(
         self,
-        alone: Callable[..., None],
+        single: Callable[..., None],
         loop: Any,
-        numbers: tuple[float, float, float],
+        numbers: tuple[float, ...],
         like: Tensor,
         *tensors: Tensor | None,
     ) -> None:
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         batch, n = len(like), like.numel() // max(1, len(like))
-        if self._found is None or like.numel() < _LARGE or torch.get_num_threads() == 1:
-            alone(*numbers, *addresses, batch, n)
+        if self._found is None or like.numel() < LARGE or torch.get_num_threads() == 1:
+            single(*numbers, *addresses, batch, n)
             return
         known = np.array(numbers)
         job = np.array([*[0] * COMMON, n, known.ctypes.data, *addresses], dtype=np.int64)

@@ -23,7 +23,7 @@ from mep.kernels.cpu import doubles, floats
 from mep.kernels.job import addresses
 from mep.kernels.library import Native
 from mep.kernels.ramp import approach, rest
-from mep.kernels.team import COMMON, N, T, alone, as_before, call, product, share
+from mep.kernels.team import BATCH, COMMON, SGEMM, N, T, alone, as_before, call, product, share
 
 __all__ = ["Rounds"]
 
@@ -38,7 +38,6 @@ _REST, _MOVE = 2, 3
 _OUTPUT, _LOOK = 4, 5
 
 _f32 = numba.float32
-_SGEMM, _BATCH = 0, 4
 _STATES, _NUMBERS, _TARGET, _NUDGE, _FORCE, _PROGRAM, _LENGTH, _HEAD = range(COMMON, COMMON + 8)
 # Of every state: width, weight from below, its bias (0 without), the state, what comes from below
 # and above, where it rests, how far that is, the origin of displacements and what is beyond (0
@@ -101,7 +100,7 @@ def _run(job):
     program = numba.carray(job, (head[_PROGRAM] + 3 * head[_LENGTH],))[head[_PROGRAM] :]
     numbers = numba.carray(doubles(head[_NUMBERS]), (2 + 2 * count,))
     omega, beta = numbers[0], _f32(numbers[1])
-    lo, rows = share(head, head[_BATCH])
+    lo, rows = share(head, head[BATCH])
     before = alone(head)
     for k in range(head[_LENGTH]):
         what, i, word = program[3 * k], program[3 * k + 1], program[3 * k + 2]
@@ -112,19 +111,19 @@ def _run(job):
         if what == _BELOW:
             m = width[i - 1]
             into, source = below[i] + at, s[i - 1] + one * m
-            product(head[_SGEMM], N, T, rows, n, m, 1.0, source, m, weight[i], m, 0.0, into)
+            product(head[SGEMM], N, T, rows, n, m, 1.0, source, m, weight[i], m, 0.0, into)
             if bias[i] != 0:
                 _add_bias(into, bias[i], rows, n)
         elif what == _ABOVE:
             m = width[i + 1]
             into, source = above[i] + at, s[i + 1] + one * m
-            product(head[_SGEMM], N, N, rows, n, m, 1.0, source, m, weight[i + 1], n, 0.0, into)
+            product(head[SGEMM], N, N, rows, n, m, 1.0, source, m, weight[i + 1], n, 0.0, into)
         elif what == _REST:
             first = below[i] + at if word != 2 else above[i] + at
             second = above[i] + at if word == 3 else 0
             more = beyond[i] + at if origin[i] != 0 else 0
             rest(
-                low, high, 0.0, first, second, at_home, more, s[i] + at, rests[i] + at,
+                low, high, first, second, at_home, more, s[i] + at, rests[i] + at,
                 gaps[i] + one, rows, n,
             )  # fmt: skip
         elif what == _MOVE:
@@ -186,11 +185,11 @@ class Rounds:
         self._up, self._down, rests = ([torch.empty_like(s) for s in self._s] for _ in range(3))
         self._fed, self._still = below[0] is not None, still
         # Of what comes from below and above, and of rests, that which is known.
-        self._below, self._above, self._rests = set[int](), set[int](), set[int]()
+        self._known_below, self._known_above, self._known_rests = set[int](), set[int](), set[int]()
         for i, kept in enumerate(below, 1):
             if kept is not None:
                 self._up[i - 1].copy_(kept)
-                self._below.add(i)
+                self._known_below.add(i)
         gaps = target.new_zeros(len(start), self._batch)  # what is still has none to go
         self.force, self.nudge = target.new_empty(2, self._batch)
         self._numbers = np.array([1.0, beta, 0.0, 0.0, *(b for pair in bounds for b in pair)])
@@ -213,12 +212,12 @@ class Rounds:
     @property
     def below(self) -> list[Tensor | None]:
         """What comes from below to the states as they are now; None where it is not known."""
-        return [t if i in self._below else None for i, t in enumerate(self._up, 1)]
+        return [t if i in self._known_below else None for i, t in enumerate(self._up, 1)]
 
     @property
     def above(self) -> list[Tensor | None]:
         """The same from above."""
-        return [t if i in self._above else None for i, t in enumerate(self._down, 1)]
+        return [t if i in self._known_above else None for i, t in enumerate(self._down, 1)]
 
     def relax(self, groups: Sequence[Sequence[int]], omega: float) -> None:
         """Takes a round, and looks how far units then are from their balance.
@@ -242,27 +241,30 @@ class Rounds:
 
     def _find_rest(self, program: list[tuple[int, int, int]], i: int) -> bool:
         """Adds what it takes to know where a unit rests; returns whether anything moves it."""
-        if i in self._rests:
+        if i in self._known_rests:
             return True
         fed = self._fed if i == 1 else i - 1 not in self._still
         drawn = i < self._count and i + 1 not in self._still
-        if fed and i not in self._below:
+        if fed and i not in self._known_below:
             program.append((_BELOW, i, 0))
-            self._below.add(i)
-        if drawn and i not in self._above:
+            self._known_below.add(i)
+        if drawn and i not in self._known_above:
             program.append((_ABOVE, i, 0))
-            self._above.add(i)
+            self._known_above.add(i)
         if i == self._count:
             program.append((_OUTPUT, i, int(fed)))
         elif fed or drawn:
             program.append((_REST, i, fed + 2 * drawn))
-        else:
+        elif i in self._still:
             return False
-        self._rests.add(i)
+        else:  # back to where nothing pulls
+            self._up[i - 1].zero_()
+            program.append((_REST, i, 1))
+        self._known_rests.add(i)
         return True
 
     def _moved(self, i: int) -> None:
         self._still.discard(i)
-        self._below.discard(i + 1)
-        self._above.discard(i - 1)
-        self._rests -= {i - 1, i + 1}
+        self._known_below.discard(i + 1)
+        self._known_above.discard(i - 1)
+        self._known_rests -= {i - 1, i + 1}

@@ -16,26 +16,23 @@ import torch
 
 from mep.kernels.cpu import Kernels, activate, doubles, move, nudge, pull
 from mep.kernels.library import Native
-from mep.kernels.team import COMMON, call, lane, share
+from mep.kernels.team import BATCH, COMMON, LARGE, call, lane, share
 
 __all__ = ["spread"]
 
-_BATCH = 4
 _KIND, _N, _BETA, _SUMS, _FIRST = range(COMMON, COMMON + 5)
-# Numbers from which it takes less time to wake another thread than to pass over them alone.
-_LARGE = 100_000
 
 
 def _activate(job):
     head = numba.carray(job, (_FIRST + 3,))
-    lo, rows = share(head, head[_BATCH])
+    lo, rows = share(head, head[BATCH])
     at, bias = 4 * lo * head[_N], head[_FIRST + 1]
     activate(head[_KIND], head[_FIRST] + at, bias, head[_FIRST + 2] + at, rows, head[_N])
 
 
 def _pull(job):
     head = numba.carray(job, (_FIRST + 3,))
-    lo, rows = share(head, head[_BATCH])
+    lo, rows = share(head, head[BATCH])
     at = 4 * lo * head[_N]
     y, p, e = head[_FIRST] + at, head[_FIRST + 1] + at, head[_FIRST + 2] + at
     sums = numba.carray(doubles(head[_SUMS]), (lane(head) + 1,))
@@ -44,7 +41,7 @@ def _pull(job):
 
 def _move(job):
     head = numba.carray(job, (_FIRST + 5,))
-    lo, rows = share(head, head[_BATCH])
+    lo, rows = share(head, head[BATCH])
     at = 4 * lo * head[_N]
     s, y, d = head[_FIRST] + at, head[_FIRST + 1] + at, head[_FIRST + 2] + at
     move(head[_KIND], s, y, d, head[_FIRST + 3] + at, head[_FIRST + 4] + at, rows, head[_N])
@@ -52,7 +49,7 @@ def _move(job):
 
 def _nudge(job):
     head = numba.carray(job, (_FIRST + 8,))
-    lo, rows = share(head, head[_BATCH])
+    lo, rows = share(head, head[BATCH])
     at, beta = 4 * lo * head[_N], numba.carray(doubles(head[_BETA]), (1,))[0]
     s, y, d, p = (head[_FIRST] + at, head[_FIRST + 1] + at, head[_FIRST + 2] + at,
                   head[_FIRST + 3] + at)  # fmt: skip
@@ -79,13 +76,13 @@ def spread(alone: Kernels, found: Native) -> Kernels:
 
     def either(single: Callable[..., Any], loop: Any, *arguments: Any) -> Any:
         *addresses, batch, n = arguments
-        if batch * n < _LARGE or torch.get_num_threads() == 1:
+        if batch * n < LARGE or torch.get_num_threads() == 1:
             return single(*arguments)
         return take(loop, tuple(addresses), (batch, n), 0.0)
 
     def push(*arguments: Any) -> None:
         s, y, d, beta, *others, batch, n = arguments
-        if batch * n < _LARGE or torch.get_num_threads() == 1:
+        if batch * n < LARGE or torch.get_num_threads() == 1:
             alone.nudge(*arguments)
         else:
             take(_nudge, (s, y, d, *others), (batch, n), beta)

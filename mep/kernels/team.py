@@ -27,10 +27,13 @@ from torch.autograd.profiler import record_function
 from mep.kernels.cpu import compiled
 from mep.kernels.library import Native
 
-__all__ = ["COMMON", "N", "T", "alone", "as_before", "call", "lane", "product", "share"]
+__all__ = ["BATCH", "COMMON", "LARGE", "SGEMM", "N", "T", "alone", "as_before", "call", "lane",
+           "product", "share"]  # fmt: skip
 
 COMMON = 5
-_SGEMM, _LIMIT, _PLACE, _TEAM, _BATCH = range(COMMON)
+SGEMM, _LIMIT, _PLACE, _TEAM, BATCH = range(COMMON)
+# Numbers from which it takes less time to wake another thread than to pass over them alone.
+LARGE = 100_000
 # Multiplications for which it takes longer to wake another thread than to do them.
 _LEAST_WORK = 500_000
 _LEAST_ROWS = 8
