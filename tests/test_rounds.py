@@ -14,7 +14,7 @@ from mep.energies.costs import SquaredError
 from mep.energies.equilibrium import Equilibrium, contraction, fixed_point, forward_start
 from mep.energies.hopfield import Hopfield
 from mep.energies.relaxation import Relaxation
-from mep.energies.rounds import compiled_rounds
+from mep.energies.rounds import are_compiled
 from mep.energies.states import States
 from mep.kernels import eager
 from mep.models import EquilibriumNet, LoopedMLP, hopfield_mlp
@@ -203,8 +203,6 @@ def test_what_has_been_put_is_what_relaxes(free_problem, programs):
 
 @pytest.mark.parametrize("beta", [0.4, -0.4])
 def test_another_nudge_has_another_room(free_problem, beta, programs):
-    at = free_problem.relax(free_problem.start(), "alternating")
-
     def ask():
         start = free_problem.relax(free_problem.start(), "alternating")
         other = Relaxation(start, free_problem.cost, free_problem.target, beta, abs(beta))
@@ -212,12 +210,12 @@ def test_another_nudge_has_another_room(free_problem, beta, programs):
         moved = other.relax(start, "alternating")
         return [*moved.unknowns, before, other.residual(moved).per_sample]
 
-    found = same(ask, rtol=1e-3, atol=1e-5)
-    assert not torch.equal(found[-3], free_problem.relax(at, "alternating")[4])
+    same(ask, rtol=1e-3, atol=1e-5)
+    assert len(programs) == 2
 
 
-@pytest.mark.parametrize("omega", [1.0, 1.3])
-def test_units_rest_on_their_rims_to_the_last_bit(omega, programs):
+@pytest.mark.parametrize(("rounds", "omega"), [(1, 1.0), (6, 1.0), (6, 1.3)])
+def test_units_rest_on_their_rims_to_the_last_bit(rounds, omega, programs):
     """What is beyond a rim is known only of those."""
     torch.manual_seed(1)
     net = nn.Sequential(
@@ -227,9 +225,9 @@ def test_units_rest_on_their_rims_to_the_last_bit(omega, programs):
     for p in net.parameters():
         p.data.mul_(3)
     x, y = torch.randn(64, 12), torch.randint(5, (64,))
-    free = free_phase(EquilibriumNet(net), x, y, mep.FixedPoint(6, None, omega=omega))
+    free = free_phase(EquilibriumNet(net), x, y, mep.FixedPoint(rounds, None, omega=omega))
     at = free.settled.configuration
-    for i in (1, 2):
+    for i in (1, 2) if rounds > 1 else (1,):  # the other layer has moved since
         rest = at.current(i).clamp(-0.3, 0.7)
         rim = (rest - at[i]).abs() < 1e-5
         rim &= (rest == rest.new_tensor(-0.3)) | (rest == rest.new_tensor(0.7))
@@ -383,11 +381,10 @@ def test_other_costs_and_nudges_take_the_reference(free_problem, programs):
             Relaxation(at, cost, target[:1], 0.0, 1.0),  # torch broadcasts it
         ):
             other.relax(other.start(), "alternating")
-        assert compiled_rounds(at, cost, target, 0.3j) is None
+        assert not are_compiled(at.net, cost, target, 0.3j)
     assert not programs
     with torch.no_grad():
         free_problem.relax(free_problem.start(), "alternating")
-        assert compiled_rounds(at, cost, target, 0.3) is not None
     assert programs
     programs.clear()
     with torch.enable_grad():

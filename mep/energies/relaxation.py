@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mep.blocks import sample_norm
 from mep.energies.costs import Cost
-from mep.energies.rounds import compiled_rounds
+from mep.energies.rounds import are_compiled, compiled_rounds
 from mep.energies.states import States
 from mep.settling import ALTERNATING, BACKWARD, FORWARD, SYNCHRONOUS, Residual
 
@@ -58,7 +58,6 @@ class Relaxation:
         self.target = target
         self._start = start
         self._reference = reference
-        self._compiles = True  # until it turns out that it does not
         self._rounds: Rounds | None = None
 
     def start(self) -> States:
@@ -100,15 +99,18 @@ class Relaxation:
                     at.put_to_rest(i, rest)
         return at
 
+    @cached_property
+    def _are_compiled(self) -> bool:
+        return are_compiled(self.net, self.cost, self.target, self.beta)
+
     def _compile(self, at: States) -> bool:
-        """Returns whether there are compiled rounds for these states, which are made then."""
-        if self._has_room(at):
-            return not torch.is_grad_enabled()
-        if self._compiles and at.are_activities:
-            self._rounds = compiled_rounds(at, self.cost, self.target, self.beta)
-            self._compiles = self._rounds is not None
-        else:
-            self._rounds = None
+        """Returns whether there are compiled rounds for these states; room for them is made."""
+        if not self._are_compiled or torch.is_grad_enabled():
+            return False
+        if not self._has_room(at):
+            assert self.target is not None and not isinstance(self.beta, complex)
+            known = at.are_activities
+            self._rounds = compiled_rounds(at, self.target, self.beta) if known else None
         return self._rounds is not None
 
     def _has_room(self, at: States) -> bool:

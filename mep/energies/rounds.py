@@ -15,25 +15,31 @@ from mep.kernels import rounds_of
 if TYPE_CHECKING:
     from mep.kernels.rounds import Rounds
 
-__all__ = ["compiled_rounds"]
+__all__ = ["are_compiled", "compiled_rounds"]
 
 
-def compiled_rounds(
-    at: States, cost: Cost | None, target: Tensor | None, beta: complex
-) -> Rounds | None:
-    """Returns room in which states relax, or None where there are no compiled rounds for them.
+def are_compiled(net: Wiring, cost: Cost | None, target: Tensor | None, beta: complex) -> bool:
+    """Returns whether there are compiled rounds for such a net and cost, where there are kernels.
 
     Args:
-        at: the states to start from.
+        net: the wiring.
         cost: the cost, if there is one.
         target: prepared.
         beta: nudging strength.
     """
+    squared = target is not None and type(cost) is SquaredError
+    return squared and not isinstance(beta, complex) and _is_perceptron(net)
+
+
+def compiled_rounds(at: States, target: Tensor, beta: float) -> Rounds | None:
+    """Returns room in which states relax, or None where they do not lie as kernels need it.
+
+    Args:
+        at: the states to start from, of a net for which there are compiled rounds.
+        target: prepared.
+        beta: nudging strength.
+    """
     net, free = at.net, at.free
-    if target is None or type(cost) is not SquaredError or isinstance(beta, complex):
-        return None
-    if not _is_perceptron(net):
-        return None
     layers = [None, *(c.block.layer for c in net.interactions[1:])]
     weights = [None if layer is None else layer.weight.detach() for layer in layers]
     # Changes of activities have no use for a bias, and what comes from the input does not change.
