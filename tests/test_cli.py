@@ -80,7 +80,7 @@ def test_the_defaults_reach_97_percent_on_digits(tmp_path):
     [
         (("--model", "cnn"), {"model": "cnn"}),
         (("--model", "hopfield-mlp"), {"cost": "mse", "settler": "fixed-point", "sweeps": 50}),
-        (("--model", "hopfield-cnn"), {"cost": "mse", "channels": [32, 64]}),
+        (("--model", "hopfield-cnn"), {"cost": "mse", "pool": "stride"}),
         (("--model", "hopfield-resnet13"), {"cost": "mse", "width": 16}),
         (("--model", "looped"), {"cost": "cross_entropy", "settler": "fixed-point"}),
         (("--cost", "mse"), {"cost": "mse"}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -63,9 +63,11 @@ def _hopfield_mlp(data: Dataset, hidden: tuple[int, ...]) -> nn.Module:
     return mep.models.hopfield_mlp(features, hidden=hidden, out_features=data.classes)
 
 
-def _hopfield_cnn(data: Dataset, channels: tuple[int, ...]) -> nn.Module:
+def _hopfield_cnn(
+    data: Dataset, channels: tuple[int, ...], pool: Literal["stride", "average", "max"]
+) -> nn.Module:
     _, colours, size, _ = data.x_train.shape
-    return mep.models.hopfield_cnn(colours, size=size, out_features=data.classes, channels=channels)
+    return mep.models.hopfield_cnn(colours, size, data.classes, channels, pool=pool)
 
 
 def _hopfield_resnet13(data: Dataset, width: int) -> nn.Module:
@@ -82,7 +84,7 @@ MODELS = {
     "cnn": (_cnn, {"channels": (32, 64), "hidden": 128}),
     "deep-mlp": (_deep_mlp, {"depth": 10, "width": 128}),
     "hopfield-mlp": (_hopfield_mlp, {}),
-    "hopfield-cnn": (_hopfield_cnn, {"channels": (32, 64)}),
+    "hopfield-cnn": (_hopfield_cnn, {"channels": (32, 64), "pool": "stride"}),
     "hopfield-resnet13": (_hopfield_resnet13, {"width": 16}),
     "looped": (_looped, {"width": 512}),
 }
