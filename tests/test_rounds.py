@@ -41,14 +41,6 @@ def free_phase(model, x, y, solver):
     return Equilibrium(net, x, y, SquaredError(), solver, 0.3)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def programs(monkeypatch):
     """The instructions of every round: what is computed, and of which state."""

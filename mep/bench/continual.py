@@ -68,6 +68,7 @@ class Arm:
 _factors = partial(mep.EWC, curvature="kronecker")
 _diagonal = partial(mep.EWC, curvature="diagonal")
 _FACTORS, _DIAGONAL = (3.0, 10.0, 30.0), (10.0, 30.0, 100.0)
+_IMPORTANCE = (3.0, 10.0, 30.0)
 _online = partial(mep.EWC, curvature="diagonal", mode="online")
 _feedback = partial(mep.ErrorFeedback, mep.TopK(0.1))
 
@@ -80,7 +81,7 @@ ARMS = {
     "backprop-diagonal": Arm("backprop, EWC (diagonal)", "backprop", _diagonal, _DIAGONAL),
     "ep-diagonal": Arm("EP, EWC (diagonal)", "ep", _diagonal, _DIAGONAL),
     "ep-online": Arm("EP, EWC (diagonal, online)", "ep", _online, _DIAGONAL),
-    "ep-si": Arm("EP, synaptic intelligence", "ep", mep.SynapticIntelligence, _FACTORS),
+    "ep-si": Arm("EP, synaptic intelligence", "ep", mep.SynapticIntelligence, _IMPORTANCE),
     "ep-replay": Arm("EP, replay", replay=True),
     "joint": Arm("backprop, all tasks at once", "backprop", joint=True),
 }

@@ -46,7 +46,7 @@ SettleSteps = Annotated[
 Tol = Annotated[float | None, typer.Option(help="Median residual at which settling stops.")]
 Omega = Annotated[
     float | None,
-    typer.Option(help="Over-relaxation of rounds (fixed-point); 1.2 to 1.3 suits convolutions.",
+    typer.Option(help="Share of its way that a unit goes in a round, in (0, 2) (fixed-point).",
                  show_default="1"),
 ]  # fmt: skip
 Stencil = Annotated[

@@ -132,7 +132,7 @@ def _sigmoid_integral(s: Tensor) -> Tensor:
 
 
 def tanh(potential: str) -> Smooth:
-    """Returns the unit of ``nn.Tanh``."""
+    """Returns the unit of ``nn.Tanh``; its potential is ``"square"`` or ``"conjugate"``."""
     return Smooth(
         "tanh", torch.tanh, _tanh_slope, tanh_difference, lambda y, t: -t * (2 * y + t),
         _log_cosh, potential,
@@ -140,7 +140,7 @@ def tanh(potential: str) -> Smooth:
 
 
 def sigmoid(potential: str) -> Smooth:
-    """Returns the unit of ``nn.Sigmoid``."""
+    """Returns the unit of ``nn.Sigmoid``; its potential is ``"square"`` or ``"conjugate"``."""
     return Smooth(
         "sigmoid", torch.sigmoid, _sigmoid_slope, sigmoid_difference,
         lambda y, t: t * (1 - 2 * y - t), _sigmoid_integral, potential,

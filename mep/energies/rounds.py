@@ -10,7 +10,7 @@ from torch import Tensor
 from mep.couplings import Wiring
 from mep.energies.costs import Cost, SquaredError
 from mep.energies.states import States
-from mep.kernels import rounds_of
+from mep.kernels import CoupledPhase, rounds_of
 
 if TYPE_CHECKING:
     from mep.kernels.rounds import Rounds
@@ -47,11 +47,12 @@ def compiled_rounds(at: States, target: Tensor, beta: float) -> Rounds | None:
     biases = [None if bias is None else bias.detach() for bias in biased]
     if free is not None:
         target = target - free.output
-    return rounds_of(
+    phase = CoupledPhase(
         weights, biases, [unit.box for unit in net.units if unit.box], at.unknowns,
         {i for i in range(1, len(net.units) + 1) if at.idle(i)}, at.sent_up,
         [unit.offset for unit in net.units], target, beta,
     )  # fmt: skip
+    return rounds_of(phase)
 
 
 def _is_perceptron(net: Wiring) -> bool:

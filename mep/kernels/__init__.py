@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mep.kernels.coupled import CoupledPhase
 from mep.kernels.library import native
 from mep.kernels.rows import rows
 
@@ -35,6 +35,7 @@ __all__ = [
     "LIMIT",
     "SWEEP",
     "SWEEPS",
+    "CoupledPhase",
     "available",
     "capture",
     "capture_segments",
@@ -111,45 +112,20 @@ def ramps_of(*tensors: Tensor | None) -> Ramps | None:
     return _ramps()
 
 
-def rounds_of(
-    weights: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    bounds: Sequence[tuple[float, float]],
-    start: Sequence[Tensor],
-    still: set[int],
-    below: Sequence[Tensor | None],
-    offsets: Sequence[tuple[Tensor, Tensor] | None],
-    target: Tensor,
-    beta: float,
-) -> Rounds | None:
+def rounds_of(phase: CoupledPhase) -> Rounds | None:
     """Returns room in which a perceptron's coupled states relax, or None without kernels for it.
 
     Args:
-        weights: from below, None for the first state.
-        biases: of the states, or None.
-        bounds: of the states.
-        start: the states to start from.
-        still: numbers of those that exert nothing.
-        below: what comes from below, as far as it is known.
-        offsets: of displacements, or None.
-        target: of the output.
-        beta: nudging strength.
+        phase: what relaxes.
     """
-    found, s = native(), start[0]
+    found, s = native(), phase.start[0]
     if found is None or ramps_of(s) is None:
         return None
-    widths = [t.shape[-1] for t in start]
-    shapes = [
-        *((w, (m, n)) for w, (n, m) in zip(weights[1:], pairwise(widths), strict=True)),
-        *((b, (n,)) for b, n in zip(biases, widths, strict=True)),
-        *((t, (len(s), n)) for t, n in zip([*start, target], [*widths, widths[-1]], strict=True)),
-        *((t, own.shape) for own, pair in zip(start, offsets, strict=True) for t in pair or ()),
-    ]
-    if not all(t is None or (t.shape == size and _is_like(t, s)) for t, size in shapes):
+    if not all(t is None or (t.shape == size and _is_like(t, s)) for t, size in phase.shapes()):
         return None
     from mep.kernels.rounds import Rounds
 
-    return Rounds(found, weights, biases, bounds, start, still, below, offsets, target, beta)
+    return Rounds(found, phase)
 
 
 @cache

@@ -19,6 +19,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from mep.kernels.coupled import CoupledPhase
 from mep.kernels.cpu import doubles, floats
 from mep.kernels.job import addresses
 from mep.kernels.library import Native
@@ -150,55 +151,34 @@ class Rounds:
 
     Args:
         found: functions of torch's libraries.
-        weights: from below, ``(n_i, n_{i-1})`` each; None for the first state, whose current from
-            below does not change.
-        biases: ``(n_i,)`` each, or None.
-        bounds: of every state, infinite for the output.
-        start: the states to start from, ``(B, n_i)`` each.
-        still: numbers, from 1, of those that exert nothing, being displacements of 0.
-        below: what comes from below, as far as it is known; for the first state None stands for
-            nothing at all.
-        offsets: origins of displacements, and the currents beyond the bounds there; or None.
-        target: of the output, as much displaced.
-        beta: nudging strength.
+        phase: what relaxes.
 
     Attributes:
         force: how far all units are from their balance, a norm per sample, ``(B,)``.
         nudge: what a nudge of strength 1 takes from the output's current, a norm per sample.
     """
 
-    def __init__(
-        self,
-        found: Native,
-        weights: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-        bounds: Sequence[tuple[float, float]],
-        start: Sequence[Tensor],
-        still: set[int],
-        below: Sequence[Tensor | None],
-        offsets: Sequence[tuple[Tensor, Tensor] | None],
-        target: Tensor,
-        beta: float,
-    ) -> None:
+    def __init__(self, found: Native, phase: CoupledPhase) -> None:
+        start, target = phase.start, phase.target
         self._found, self._batch, self._count = found, len(target), len(start)
         self._s = [s.clone(memory_format=torch.contiguous_format) for s in start]
         self._up, self._down, rests = ([torch.empty_like(s) for s in self._s] for _ in range(3))
-        self._fed, self._still = below[0] is not None, still
+        self._fed, self._still = phase.below[0] is not None, set(phase.still)
         # Of what comes from below and above, and of rests, that which is known.
         self._known_below, self._known_above, self._known_rests = set[int](), set[int](), set[int]()
-        for i, kept in enumerate(below, 1):
+        for i, kept in enumerate(phase.below, 1):
             if kept is not None:
                 self._up[i - 1].copy_(kept)
                 self._known_below.add(i)
         gaps = target.new_zeros(len(start), self._batch)  # what is still has none to go
         self.force, self.nudge = target.new_empty(2, self._batch)
-        self._numbers = np.array([1.0, beta, 0.0, 0.0, *(b for pair in bounds for b in pair)])
-        origins, beyond = zip(*(pair or (None, None) for pair in offsets), strict=True)
-        self._kept = weights, biases, offsets, target, rests, gaps  # as long as their addresses
-        parts = (weights, biases, self._s, self._up, self._down, rests, [*gaps], origins,
-                 beyond)  # fmt: skip
+        self._numbers = np.array([1.0, phase.beta, 0.0, 0.0, *chain(*phase.bounds)])
+        origins, beyond = zip(*(pair or (None, None) for pair in phase.offsets), strict=True)
+        self._kept = phase, rests, gaps  # as long as their addresses
+        parts = (phase.weights, phase.biases, self._s, self._up, self._down, rests, [*gaps],
+                 origins, beyond)  # fmt: skip
         tables = [[0, *(s.shape[1] for s in start)], *([0, *addresses(part)] for part in parts)]
-        self._work = self._batch * sum(0 if w is None else w.numel() for w in weights)
+        self._work = self._batch * sum(0 if w is None else w.numel() for w in phase.weights)
         count = len(start) + 1
         own = [count, self._numbers.ctypes.data, *addresses([target, self.nudge, self.force])]
         own += [_HEAD + _TABLES * count, 0]
