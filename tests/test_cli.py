@@ -94,6 +94,7 @@ def test_the_defaults_reach_97_percent_on_digits(tmp_path):
         (("--tol", 1e-6), {"tol": 1e-6}),
         (("--stencil", "centered"), {"stencil": "centered"}),
         (("--stencil", "five-point"), {"stencil": "five-point"}),
+        (("--stencil", "random-sign"), {"stencil": "random-sign"}),
         (("--beta", 0.3), {"beta": 0.3}),
         (("--c", 0.5), {"c": 0.5, "beta": "auto"}),
         (("--batch-size", 48), {"batch_size": 48}),
@@ -426,4 +427,4 @@ def test_the_name_tables_are_complete():
         "mlp", "cnn", "deep-mlp", "hopfield-mlp", "hopfield-cnn", "hopfield-resnet13", "looped",
     }  # fmt: skip
     assert set(SETTLERS) == {"sweep", "descent", "anderson", "limit", "fixed-point"}
-    assert set(STENCILS) == {"one-sided", "centered", "five-point"}
+    assert set(STENCILS) == {"one-sided", "centered", "five-point", "random-sign"}

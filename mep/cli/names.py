@@ -111,4 +111,5 @@ STENCILS = {
     "one-sided": mep.one_sided,
     "centered": mep.centered,
     "five-point": mep.five_point,
+    "random-sign": mep.random_sign(),
 }
