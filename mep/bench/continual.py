@@ -344,7 +344,7 @@ def _line(entry: Mapping[str, Any]) -> list[str]:
 
 @styled()
 def plot(record: Record) -> Figure:
-    """Accuracy on the tasks so far, as tasks are added; and the matrix of the first EWC arm."""
+    """Accuracy on the tasks so far, as tasks are added; and the matrix of EP's first EWC arm."""
     figure, (curves, grid) = canvas(2, table(record).title)
     for k, entry in enumerate(record.summary["arms"]):
         matrix = entry["matrix"]
@@ -357,9 +357,12 @@ def plot(record: Record) -> Figure:
             level = 100 * entry["accuracy"]
             curves.axhline(level, color="0.4", ls=":", label=ARMS[entry["arm"]].label)
     curves.set(xlabel="tasks learned", ylabel="average accuracy so far / %")
-    curves.legend(loc="best", fontsize=8)
-    shown = next((e for e in record.summary["arms"] if e["lam"] is not None),
-                 record.summary["arms"][0])  # fmt: skip
+    rows = -(-len(record.summary["arms"]) // 3)
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    with_memory = [e for e in record.summary["arms"] if e["lam"] is not None]
+    ours = [e for e in with_memory if ARMS[e["arm"]].mode != "backprop"]
+    shown = (ours or with_memory or record.summary["arms"])[0]
     count = record.config["tasks"]
     image = torch.full((count, count), torch.nan)
     for t, row in enumerate(shown["matrix"]):
