@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import mep
-from mep.bench.plot import canvas, styled
+from mep.bench.plot import canvas, styled, whole_numbers
 from mep.bench.record import Record
 from mep.bench.sequence import Learner, learn
 from mep.bench.table import Table, number, percent
@@ -357,6 +357,7 @@ def plot(record: Record) -> Figure:
             level = 100 * entry["accuracy"]
             curves.axhline(level, color="0.4", ls=":", label=ARMS[entry["arm"]].label)
     curves.set(xlabel="tasks learned", ylabel="average accuracy so far / %")
+    whole_numbers(curves)
     rows = -(-len(record.summary["arms"]) // 3)
     figure.set_figheight(figure.get_figheight() + 0.2 * rows)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
