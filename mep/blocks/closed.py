@@ -137,7 +137,8 @@ class ClosedBlock(Block):
             form = partial(layer.weight_gradient, a, e, scale)
             rows = partial(layer.rows, a, e) if layer.is_product else None
             each = partial(layer.sample_gradients, a, e) if several else None
-            yield Signal(weight, scale, samples, form, rows, each)
+            squares = partial(layer.sample_squares, a, e) if several else None
+            yield Signal(weight, scale, samples, form, rows, each, squares)
         if bias is not None and bias.requires_grad:
             form, rows = partial(layer.bias_gradient, e, scale), partial(layer.bias_rows, e)
             each = partial(layer.sample_bias_gradients, e) if several else None

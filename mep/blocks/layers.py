@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mep.blocks.buffers import take
+from mep.kernels import sample_squares
 
 __all__ = ["Conv2d", "Layer", "Linear", "layer_of"]
 
@@ -57,6 +58,10 @@ class Layer(ABC):
     @abstractmethod
     def sample_gradients(self, a: Tensor, e: Tensor, span: slice) -> Tensor:
         """Returns the weight's gradients of some samples, ``(n, *shape)``."""
+
+    @abstractmethod
+    def sample_squares(self, a: Tensor, e: Tensor) -> Tensor | None:
+        """Returns the sum of their squares over all samples, where a kernel does so at once."""
 
     @abstractmethod
     def sample_bias_gradients(self, e: Tensor, span: slice) -> Tensor:
@@ -114,6 +119,9 @@ class Linear(Layer):
     def sample_gradients(self, a: Tensor, e: Tensor, span: slice) -> Tensor:
         return torch.bmm(e[span].flatten(1, -2).mT, a[span].flatten(1, -2))
 
+    def sample_squares(self, a: Tensor, e: Tensor) -> Tensor | None:
+        return sample_squares(a.flatten(1, -2), e.flatten(1, -2))
+
     def sample_bias_gradients(self, e: Tensor, span: slice) -> Tensor:
         return e[span].flatten(1, -2).sum(1)
 
@@ -164,33 +172,15 @@ class Conv2d(Layer):
         return a[..., ::down, ::across].permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
 
     def sample_gradients(self, a: Tensor, e: Tensor, span: slice) -> Tensor:
-        a, e, groups = a[span], e[span], self.module.groups
-        if self.module.stride == (1, 1):
-            patches, error = self._long_patches(a, e)
-        else:
-            patches, error = self._patches(a), e.flatten(2)
         # Groups are further samples of a convolution with fewer channels.
-        error = error.unflatten(1, (groups, -1)).flatten(0, 1)
-        patches = patches.unflatten(1, (groups, -1)).flatten(0, 1)
+        groups = self.module.groups
+        error = e[span].flatten(2).unflatten(1, (groups, -1)).flatten(0, 1)
+        patches = self._patches(a[span]).unflatten(1, (groups, -1)).flatten(0, 1)
         # In this order the product takes a fifth less time than its transpose.
         return torch.bmm(patches, error.mT).mT.reshape(-1, *self.weight.shape)
 
-    def _long_patches(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns patches at stride 1, and the errors to go with them.
-
-        Rows of an image follow each other in memory, so that what all positions see at one place
-        of the kernel is one long row: a copy of few, where ``_patches`` copies many short ones.
-        Between the rows lie positions that are none; their errors are 0.
-        """
-        m = self.module
-        top, left = (int(size) for size in m.padding)
-        # The last patch reads on beyond its last row.
-        a = F.pad(a, (left, left, top, top + 1)).contiguous()
-        (n, channels, height, width), positions = a.shape, e.shape[2] * a.shape[3]
-        places = (n, channels, *m.kernel_size, positions)
-        strides = (channels * height * width, height * width, m.dilation[0] * width, m.dilation[1])
-        patches = a.as_strided(places, (*strides, 1)).flatten(1, 3)
-        return patches, F.pad(e, (0, width - e.shape[3])).flatten(2)
+    def sample_squares(self, a: Tensor, e: Tensor) -> Tensor | None:
+        return sample_squares(a, e, self.module) if self.is_product else None
 
     def sample_bias_gradients(self, e: Tensor, span: slice) -> Tensor:
         return e[span].sum((2, 3))

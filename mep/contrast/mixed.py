@@ -158,6 +158,7 @@ class Twin:
             form=lambda: form().to(master.dtype),
             rows=rows and (lambda: tuple(t.to(master.dtype) for t in rows())),
             per_sample=each and (lambda span: each(span).to(master.dtype)),
+            sample_squares=None,  # of another type
             stack=None,  # of other rows
         )
 

@@ -42,6 +42,10 @@ def diagonal_fisher(signals: Sequence[Signal]) -> Tensor:
         a, e = _rows(first)
         squares = torch.mm(e.square().t(), a.square())
         return squares.mul_(per_sample**2 / first.samples).view_as(first.parameter)
+    if len(signals) == 1 and first.sample_squares is not None:
+        squares = first.sample_squares()
+        if squares is not None:
+            return squares.mul_(per_sample**2 / first.samples)
     total: Tensor | None = None
     chunk = min(_SAMPLES, max(1, _AT_ONCE // max(1, first.parameter.numel())))
     for start in range(0, first.samples, chunk):

@@ -43,6 +43,8 @@ class Signal:
             a gradient is no outer product.
         per_sample: returns the gradients of some samples, ``(n, *shape)``, without the scale; None
             where there is one row per sample, from which they follow.
+        sample_squares: returns the sum of their squares over all samples where a kernel does so at
+            once, else None.
         stack: the stack that ``rows`` come from, if there is one, and the place in it.
         formed: whether the dense gradient is known already, and ``form`` costs no product.
     """
@@ -53,6 +55,7 @@ class Signal:
     form: Callable[[], Tensor]
     rows: Callable[[], tuple[Tensor, Tensor]] | None = None
     per_sample: Callable[[slice], Tensor] | None = None
+    sample_squares: Callable[[], Tensor | None] | None = None
     stack: tuple[Stack, int] | None = None
     formed: bool = False
 

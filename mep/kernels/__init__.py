@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mep.kernels.coupled import CoupledPhase
 from mep.kernels.library import native
@@ -46,6 +46,7 @@ __all__ = [
     "ramps_of",
     "rounds_of",
     "rows",
+    "sample_squares",
 ]
 
 # What a captured step has room for: no nudged phase, one sweep, any number, steps downhill.
@@ -281,6 +282,24 @@ def cross_entropy(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
     value, gradient = torch.empty_like(s[:, 0]), torch.empty_like(s)
     cpu.cross_entropy(s.data_ptr(), y.data_ptr(), value.data_ptr(), gradient.data_ptr(), *s.shape)
     return value, gradient
+
+
+def sample_squares(a: Tensor, e: Tensor, convolution: nn.Conv2d | None = None) -> Tensor | None:
+    """Returns ``sum_n g_n^2`` of a weight at several positions, or None where there is no kernel.
+
+    Args:
+        a: what goes in, ``(B, positions, in)`` or ``(B, channels, height, width)``.
+        e: the error of what comes out, ``(B, positions, out)`` or ``(B, channels, rows, columns)``.
+        convolution: what leads from one to the other, of one group; a linear layer if None.
+    """
+    fits = all(t.dtype == torch.float32 and t.is_cpu and not t.requires_grad for t in (a, e))
+    found = native() if fits and available() and not _eager.get() else None
+    if found is None:
+        return None
+    from mep.kernels.squares import convolved, repeated
+
+    a, e = a.resolve_neg().contiguous(), e.resolve_neg().contiguous()
+    return repeated(found, a, e) if convolution is None else convolved(found, convolution, a, e)
 
 
 @cache
