@@ -147,7 +147,8 @@ def arms_of(
 
 def _backprop(case: Case, key: str) -> Callable[[], None]:
     model = case.make()
-    how = {"foreach": {"foreach": True}, "fused": {"fused": True}}.get(key, {})
+    fused = {"fused": True}
+    how = {"foreach": {"foreach": True}, "fused": fused, "compiled": fused}.get(key, {})
     optimizer = torch.optim.SGD(model.parameters(), lr=_LR, momentum=_MOMENTUM, **how)
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
