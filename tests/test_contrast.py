@@ -318,6 +318,7 @@ BAD_OPTIONS = [
     ({"settler": "sweep"}, TypeError, "`settler`"),
     ({"settler": mep.Sweep}, TypeError, "`settler`"),
     ({"stencil": "centered"}, TypeError, "`stencil`"),
+    ({"stencil": mep.random_sign}, TypeError, r"random_sign\(\)"),
     ({"stencil": lambda beta: ((0.0, 0.0), (beta, 1.0))}, ValueError, "sum w = 0"),
     ({"energy": "kl"}, TypeError, "`energy`"),
     ({"energy": mep.KL()}, TypeError, "`energy`"),

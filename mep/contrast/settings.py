@@ -89,6 +89,8 @@ def settings(
 def _check_stencil(stencil: Stencil, energy: Energy) -> None:
     """A stencil that is no first derivative would estimate something else than the gradient."""
     nodes = stencil(1.0)
+    if callable(nodes):
+        raise TypeError("`stencil` must return nodes: pass mep.random_sign() or mep.holomorphic(n)")
     if any(isinstance(b, complex) for b, _ in nodes) and not energy.takes_complex:
         raise ValueError(
             f"a stencil of complex nodes needs an energy whose states may be complex, such as "
