@@ -663,6 +663,8 @@ def test_plain_nets_and_unbounded_units_are_refused():
         EquilibriumNet(plain, backward="sideways")
     with pytest.raises(ValueError, match="`pool` must be"):
         hopfield_cnn(pool="sum")
+    with pytest.raises(ValueError, match="`kernel` must be odd"):
+        hopfield_cnn(kernel=4)
     with pytest.raises(ValueError, match="sizes must be"):
         LoopedMLP(4, 0, 2)
 
@@ -670,12 +672,16 @@ def test_plain_nets_and_unbounded_units_are_refused():
 def test_maps_are_halved_by_stride_or_by_pooling():
     x = torch.rand(2, 1, 9, 9)
 
-    def maps(pool):
-        net = hopfield_cnn(1, 9, 10, (2, 3), pool=pool).couplings()
+    def maps(pool, channels=(2, 3), **how):
+        net = hopfield_cnn(1, 9, 10, channels, pool=pool, **how).couplings()
         return [shape[1:] for shape in mep.Hopfield().shapes(net, x)]
 
     assert maps("stride") == [(2, 5, 5), (3, 3, 3), (10,)]
     assert maps("average") == maps("max") == [(2, 9, 9), (3, 4, 4), (10,)]
+    large = {"kernel": 3, "full_size": True}
+    assert maps("stride", (2, 3, 4), **large) == [(2, 9, 9), (3, 5, 5), (4, 3, 3), (10,)]
+    assert maps("average", (2, 3, 4), **large) == [(2, 9, 9), (3, 9, 9), (4, 4, 4), (10,)]
+    assert hopfield_cnn(1, 9, kernel=3).net[2].weight.shape == (64, 32, 3, 3)
     assert hopfield_cnn(1, 1, 10, (2, 3))(x[..., :1, :1]).shape == (2, 10)
 
 

@@ -64,10 +64,15 @@ def _hopfield_mlp(data: Dataset, hidden: tuple[int, ...]) -> nn.Module:
 
 
 def _hopfield_cnn(
-    data: Dataset, channels: tuple[int, ...], pool: Literal["stride", "average", "max"]
+    data: Dataset,
+    channels: tuple[int, ...],
+    kernel: int,
+    full_size: bool,
+    pool: Literal["stride", "average", "max"],
 ) -> nn.Module:
     _, colours, size, _ = data.x_train.shape
-    return mep.models.hopfield_cnn(colours, size, data.classes, channels, pool=pool)
+    how = {"kernel": kernel, "full_size": full_size, "pool": pool}
+    return mep.models.hopfield_cnn(colours, size, data.classes, channels, **how)
 
 
 def _hopfield_resnet13(data: Dataset, width: int) -> nn.Module:
@@ -79,22 +84,27 @@ def _looped(data: Dataset, width: int) -> nn.Module:
     return mep.models.LoopedMLP(data.x_train[0].numel(), width, data.classes)
 
 
+_CONVOLUTIONS = {"channels": (32, 64), "kernel": 5, "full_size": False, "pool": "stride"}
 MODELS = {
     "mlp": (_mlp, {}),
     "cnn": (_cnn, {"channels": (32, 64), "hidden": 128}),
     "deep-mlp": (_deep_mlp, {"depth": 10, "width": 128}),
     "hopfield-mlp": (_hopfield_mlp, {}),
-    "hopfield-cnn": (_hopfield_cnn, {"channels": (32, 64), "pool": "stride"}),
+    "hopfield-cnn": (_hopfield_cnn, _CONVOLUTIONS),
+    "hopfield-cnn3": (
+        _hopfield_cnn,
+        {**_CONVOLUTIONS, "channels": (32, 64, 128), "kernel": 3, "full_size": True},
+    ),
     "hopfield-resnet13": (_hopfield_resnet13, {"width": 16}),
     "looped": (_looped, {"width": 512}),
 }
 """Model -> what makes it for a data set, and its sizes; an mlp's come with the data set."""
 
-SYMMETRIC = ("hopfield-mlp", "hopfield-cnn", "hopfield-resnet13", "looped")
-"""Models whose output is an equilibrium: they settle by fixed points, not by sweeps."""
-
-SQUARED = ("hopfield-mlp", "hopfield-cnn", "hopfield-resnet13")
+SQUARED = ("hopfield-mlp", "hopfield-cnn", "hopfield-cnn3", "hopfield-resnet13")
 """Models whose output is a state of the equilibrium, pulled by a squared error."""
+
+SYMMETRIC = (*SQUARED, "looped")
+"""Models whose output is an equilibrium: they settle by fixed points, not by sweeps."""
 
 SETTLERS: Mapping[str, tuple[type[Any], Mapping[str, str]]] = {
     "sweep": (mep.Sweep, {"sweeps": "max_sweeps", "tol": "tol"}),

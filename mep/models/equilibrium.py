@@ -213,24 +213,28 @@ def hopfield_cnn(
     out_features: int = 10,
     channels: Sequence[int] = (32, 64),
     *,
+    kernel: int = 5,
+    full_size: bool = False,
     pool: Literal["stride", "average", "max"] = "stride",
     potential: str | None = None,
     readout: bool = False,
 ) -> EquilibriumNet:
-    """Returns a convolutional layered Hopfield net: 5x5 convolutions, one output layer.
+    """Returns a convolutional layered Hopfield net: convolutions, one output layer.
 
     Args:
         in_channels: channels of the image.
         size: height and width.
         out_features: number of outputs.
         channels: of every convolution.
+        kernel: height and width of their kernels, odd.
+        full_size: whether the first maps are as large as the image, and not halved yet.
         pool: how maps are halved on their way up: by convolving at every second place only, or by
             pooling 2x2 activities, which takes four times as many units and products.
         potential: the units' own energy, see ``EquilibriumNet``.
         readout: see ``EquilibriumNet``.
 
     Raises:
-        ValueError: if a size is not positive, or ``pool`` unknown.
+        ValueError: if a size is not positive, ``kernel`` even, or ``pool`` unknown.
 
     >>> hopfield_cnn(1, 8, 10, (4, 8))(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
@@ -240,18 +244,22 @@ def hopfield_cnn(
     pooling = {"stride": None, "average": nn.AvgPool2d, "max": nn.MaxPool2d}
     if pool not in pooling:
         raise ValueError(f"`pool` must be one of {tuple(pooling)}, got {pool!r}")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"`kernel` must be odd and >= 1, got {kernel}")
     pooled = pooling[pool]
-    smallest = size >> len(channels) if pooled else size
-    if min(in_channels, smallest, out_features, *channels) < 1:
+    halvings = len(channels) - full_size
+    if min(in_channels, size >> halvings if pooled else size, out_features, *channels) < 1:
         raise ValueError(
             f"sizes must be >= 1, and `size` >= 2 for every pooling, got "
             f"{[in_channels, size, out_features, *channels]}"
         )
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise([in_channels, *channels]):
-        layers += [nn.Conv2d(n_in, n_out, 5, 1 if pooled else 2, 2), nn.Hardtanh(0, 1)]
-        layers += [pooled(2)] if pooled else []
-        size = size // 2 if pooled else (size + 1) // 2
+        halves = bool(layers) or not full_size
+        stride = 2 if halves and not pooled else 1
+        layers += [nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2), nn.Hardtanh(0, 1)]
+        layers += [pooled(2)] if halves and pooled else []
+        size = size // 2 if halves and pooled else (size + stride - 1) // stride
     layers += [nn.Flatten(), nn.Linear(channels[-1] * size * size, out_features)]
     return EquilibriumNet(nn.Sequential(*layers), potential=potential, readout=readout)
 
