@@ -189,7 +189,8 @@ class Conv2d(Layer):
         return e.flatten(2).mT.flatten(0, 1)
 
     def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
-        return e.sum((0, 2, 3)).mul_(scale)
+        # One axis after the other takes half the time of all at once.
+        return e.flatten(2).sum(2).sum(0).mul_(scale)
 
     def _convolve(self, a: Tensor, bias: Tensor | None) -> Tensor:
         m = self.module
