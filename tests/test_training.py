@@ -48,9 +48,10 @@ def network(dropout=0.3):
         )
 
 
-def ep_arm(name="EP"):
+def ep_arm(name="EP", **options):
     model = network()
-    return Arm(name, model, mep.EPOptimizer(model.parameters(), model=model, lr=0.1, momentum=0.9))
+    numbers = {"lr": 0.1, "momentum": 0.9, **options}
+    return Arm(name, model, mep.EPOptimizer(model.parameters(), model=model, **numbers))
 
 
 def backprop_arm(name="backprop", lr=0.1):
@@ -231,14 +232,19 @@ def test_a_given_scheduler_is_stepped_after_every_batch(data):
 )
 def test_a_resumed_run_equals_the_unbroken_one(data, tmp_path, kill, every, schedule):
     config = dataclasses.replace(CONFIG, schedule=schedule, shift=1, flip=True)
-    unbroken = [ep_arm(), backprop_arm()]
+
+    def arms():
+        drawing = ep_arm("random sign", stencil=mep.random_sign(), beta=0.5)
+        return [ep_arm(), backprop_arm(), drawing]
+
+    unbroken = arms()
     expected = fit(unbroken, data, config)
 
     saving = Checkpointing(tmp_path / "run.pt", every=every)
     with pytest.raises(KeyboardInterrupt):
-        fit([ep_arm(), backprop_arm()], data, config, checkpointing=saving, observers=[kill])
+        fit(arms(), data, config, checkpointing=saving, observers=[kill])
     torch.manual_seed(99)  # a new process has another global stream
-    resumed = [ep_arm(), backprop_arm()]
+    resumed = arms()
     rows = fit(resumed, data, config, checkpointing=saving)
 
     assert timeless(rows) == timeless(expected)
