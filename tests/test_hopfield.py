@@ -665,6 +665,8 @@ def test_plain_nets_and_unbounded_units_are_refused():
         hopfield_cnn(pool="sum")
     with pytest.raises(ValueError, match="`kernel` must be odd"):
         hopfield_cnn(kernel=4)
+    with pytest.raises(ValueError, match="`channels` must name"):
+        hopfield_cnn(channels=(), full_size=True)
     with pytest.raises(ValueError, match="sizes must be"):
         LoopedMLP(4, 0, 2)
 

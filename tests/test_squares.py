@@ -1,5 +1,8 @@
 """Sums of squared gradients by a kernel against those of autograd's, in float64."""
 
+import contextlib
+import dataclasses
+
 import pytest
 import torch
 from problems import distance
@@ -9,9 +12,14 @@ from torch.func import functional_call, grad, vmap
 import mep.kernels
 from mep.blocks.layers import layer_of
 from mep.continual import fisher_diagonal
+from mep.kernels import native, sample_squares
 
-pytest.importorskip("numba")
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.skipif(
+        not mep.kernels.available() or native() is None, reason="nothing to compile, or to call"
+    ),
+]
 
 # Sums of some hundred products and squares in float32.
 SINGLE = 1e-5
@@ -32,12 +40,25 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
+@pytest.fixture(params=[1, 2, 3])
+def threads(request, monkeypatch):
+    """A team of so many, however little there is to do."""
+    monkeypatch.setattr("mep.kernels.team._LEAST_WORK", 1)
+    monkeypatch.setattr("mep.kernels.team._LEAST_ROWS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The jobs that compiled loops are called with."""
+    from mep.kernels import squares
+
+    found, plain = [], squares.call
+    monkeypatch.setattr(squares, "call", lambda *job: found.append(job) or plain(*job))
+    return found
 
 
 def truth(layer, a, e):
@@ -74,15 +95,18 @@ def test_linear_over_positions(positions, threads):
     assert distance([layer_of(layer).sample_squares(a, e)], [truth(layer, a, e)]) < SINGLE
 
 
-def test_many_samples_are_shared_by_threads(monkeypatch, threads):
-    layer, lanes = nn.Conv2d(8, 16, 3, padding=1), []
-    a, e = signals(layer, 64, 8, 14, 14)
-    plain = mep.kernels.squares.call
-    monkeypatch.setattr(mep.kernels.squares, "call", lambda *k: lanes.append(k) or plain(*k))
+@pytest.mark.skipif(native() is None or native().parallel is None, reason="no threads to call")
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+def test_samples_are_shared_by_threads(monkeypatch, threads, kind):
+    library, teams = native(), []
+    noted = lambda *job: teams.append(job[2]) or library.parallel(*job)  # noqa: E731
+    own = dataclasses.replace(library, parallel=noted)
+    monkeypatch.setattr(mep.kernels, "native", lambda: own)
+    layer, size = (nn.Linear(5, 7), (6, 5)) if kind == "linear" else (nn.Conv2d(2, 3, 3), (2, 6, 6))
+    a, e = signals(layer, 31, *size)
     found = layer_of(layer).sample_squares(a, e)
-    assert len(lanes) == 1
+    assert teams == ([threads] if threads > 1 else [])
     assert distance([found], [truth(layer, a, e)]) < SINGLE
-    assert torch.equal(found, layer_of(layer).sample_squares(a, e))
 
 
 def test_memory_in_any_order():
@@ -93,7 +117,7 @@ def test_memory_in_any_order():
     assert torch.equal(*found)
 
 
-def test_what_is_no_number_stays_none():
+def test_an_infinite_error_stays_with_its_output():
     layer = nn.Conv2d(1, 2, 2)
     a, e = signals(layer, 4, 1, 3, 3)
     e[2, 1, 0, 0] = torch.inf
@@ -101,27 +125,73 @@ def test_what_is_no_number_stays_none():
     assert found[0].isfinite().all() and not found[1].isfinite().any()
 
 
-@pytest.mark.parametrize("reason", ["double", "groups", "eager", "graph"])
-def test_other_signals_are_left_to_torch(reason):
+@pytest.mark.parametrize("reason", ["double", "groups", "eager", "graph", "large"])
+def test_other_signals_are_left_to_torch(monkeypatch, reason):
     layer = nn.Conv2d(4, 4, 3, groups=2 if reason == "groups" else 1)
     a, e = signals(layer, 4, 4, 5, 5)
     if reason == "double":
         a, e = a.double(), e.double()
     if reason == "graph":
         a.requires_grad_()
-    with mep.kernels.eager() if reason == "eager" else torch.enable_grad():
+    if reason == "large":
+        monkeypatch.setattr(mep.kernels, "_MOST_SQUARES", 100)
+    with mep.kernels.eager() if reason == "eager" else contextlib.nullcontext():
         assert layer_of(layer).sample_squares(a, e) is None
 
 
-def test_fisher_of_a_net_is_that_of_torch():
-    net = nn.Sequential(
-        nn.Conv2d(1, 4, 3, 2, 1), nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Flatten(),
-        nn.Linear(24, 3),
-    )  # fmt: skip
-    batches = [(torch.randn(10, 1, 8, 8), torch.randint(3, (10,)))]
+@pytest.mark.parametrize(
+    ("a", "e"),
+    [
+        ((4, 3, 2), (2, 3, 4)),  # samples
+        ((4, 3, 2), (4, 5, 4)),  # positions
+        ((4, 3, 0), (4, 3, 4)),  # no inputs
+        ((0, 3, 2), (0, 3, 4)),  # no samples
+        ((3, 2), (3, 4)),
+    ],
+)
+def test_shapes_that_do_not_go_together_are_not_read(a, e):
+    assert sample_squares(torch.ones(a), torch.ones(e)) is None
+
+
+@pytest.mark.parametrize("e", [(4, 3, 3, 3), (4, 5, 3), (3, 5, 3, 3)])
+def test_errors_of_another_convolution_are_not_read(e):
+    assert sample_squares(torch.ones(4, 2, 5, 5), torch.ones(e), nn.Conv2d(2, 5, 3)) is None
+
+
+class Positions(nn.Module):
+    """A net whose second layer works at three positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut, self.each, self.join = nn.Unflatten(1, (3, 4)), nn.Linear(4, 5), nn.Flatten()
+        self.tanh, self.out = nn.Tanh(), nn.Linear(15, 3)
+
+    def forward(self, x):
+        return self.out(self.join(self.tanh(self.each(self.cut(x)))))
+
+
+NETS = {
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, 2, 1), nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Flatten(),
+            nn.Linear(24, 3),
+        ),
+        (1, 8, 8), 2,
+    ),
+    "positions": (Positions, (12,), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_fisher_of_a_net_is_that_of_torch(calls, name):
+    make, size, layers = NETS[name]
+    net = make()
+    batches = [(torch.randn(10, *size), torch.randint(3, (10,)))]
     found = fisher_diagonal(net, batches)
+    assert len(calls) == 3 * layers, "one for each of three outputs"
     with mep.kernels.eager():
         expected = fisher_diagonal(net, batches)
+    assert len(calls) == 3 * layers
     assert found.keys() == expected.keys() == dict(net.named_parameters()).keys()
-    for name, diagonal in found.items():
-        assert distance([diagonal], [expected[name]]) < SINGLE
+    for key, diagonal in found.items():
+        assert distance([diagonal], [expected[key]]) < SINGLE

@@ -180,7 +180,7 @@ class Conv2d(Layer):
         return torch.bmm(patches, error.mT).mT.reshape(-1, *self.weight.shape)
 
     def sample_squares(self, a: Tensor, e: Tensor) -> Tensor | None:
-        return sample_squares(a, e, self.module) if self.is_product else None
+        return sample_squares(a, e, self.module)
 
     def sample_bias_gradients(self, e: Tensor, span: slice) -> Tensor:
         return e[span].sum((2, 3))
@@ -189,8 +189,8 @@ class Conv2d(Layer):
         return e.flatten(2).mT.flatten(0, 1)
 
     def bias_gradient(self, e: Tensor, scale: float) -> Tensor:
-        # One axis after the other takes half the time of all at once.
-        return e.flatten(2).sum(2).sum(0).mul_(scale)
+        # Maps first: all axes at once take twice the time where maps are many.
+        return e.sum((2, 3)).sum(0).mul_(scale)
 
     def _convolve(self, a: Tensor, bias: Tensor | None) -> Tensor:
         m = self.module

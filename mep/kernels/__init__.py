@@ -53,6 +53,8 @@ __all__ = [
 LIMIT, SWEEP, SWEEPS, DESCENT = "limit", "sweep", "sweeps", "descent"
 # With more classes torch's vectorised exponential takes less time than a scalar one.
 _MOST_CLASSES = 32
+# Numbers that all threads together may keep for sums of squares, and for gradients.
+_MOST_SQUARES = 2**24
 
 _eager: ContextVar[bool] = ContextVar("eager arithmetic", default=False)
 
@@ -292,14 +294,28 @@ def sample_squares(a: Tensor, e: Tensor, convolution: nn.Conv2d | None = None) -
         e: the error of what comes out, ``(B, positions, out)`` or ``(B, channels, rows, columns)``.
         convolution: what leads from one to the other, of one group; a linear layer if None.
     """
-    fits = all(t.dtype == torch.float32 and t.is_cpu and not t.requires_grad for t in (a, e))
-    found = native() if fits and available() and not _eager.get() else None
-    if found is None:
+    plain = all(t.dtype == torch.float32 and t.is_cpu and not t.requires_grad for t in (a, e))
+    found = native() if plain and available() and not _eager.get() else None
+    if found is None or not _may_square(a, e, convolution):
         return None
     from mep.kernels.squares import convolved, repeated
 
     a, e = a.resolve_neg().contiguous(), e.resolve_neg().contiguous()
     return repeated(found, a, e) if convolution is None else convolved(found, convolution, a, e)
+
+
+def _may_square(a: Tensor, e: Tensor, convolution: nn.Conv2d | None) -> bool:
+    """Returns whether shapes go together, and the gradients of a sample are small enough."""
+    if convolution is None:
+        fits = a.dim() == e.dim() == 3 and a.shape[:2] == e.shape[:2]
+        weights = a.shape[-1] * e.shape[-1]
+    else:
+        channels = convolution.in_channels, convolution.out_channels
+        fits = a.dim() == e.dim() == 4 and len(a) == len(e) and convolution.groups == 1
+        fits = fits and (a.shape[1], e.shape[1]) == channels
+        weights = convolution.weight.numel()
+    few = torch.get_num_threads() * weights <= _MOST_SQUARES
+    return fits and few and a.numel() > 0 and e.numel() > 0
 
 
 @cache

@@ -1,7 +1,7 @@
 """Sums over samples of squared gradients, where a weight is used at several positions.
 
 Each thread takes some samples, one after the other: what the positions see, the product with their
-errors, its squares. Nothing of a sample leaves the cache.
+errors, its squares. Where weights are few, nothing of a sample leaves the cache.
 """
 
 # numba gives functions other signatures than they are written with.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mep.kernels.cpu import floats
 from mep.kernels.library import Native
-from mep.kernels.team import BATCH, COMMON, SGEMM, N, T, alone, as_before, call, lane, share
+from mep.kernels.team import BATCH, COMMON, SGEMM, N, T, alone, as_before, call, lane, lanes, share
 from mep.kernels.team import product as multiply
 
 __all__ = ["convolved", "repeated"]
@@ -174,12 +174,14 @@ def _sums(
 ) -> Tensor:
     """Calls a loop in lanes with room for so many numbers each; returns the sum of their sums."""
     like = {"dtype": torch.float32, "device": "cpu"}
-    weights, lanes = numbers["outputs"] * numbers["inputs"], torch.get_num_threads()
-    sums, room = torch.zeros(lanes, weights, **like), fresh(lanes, size, **like)
+    weights = numbers["outputs"] * numbers["inputs"]
+    work = len(a) * weights * numbers["positions"]
+    count = lanes(len(a), work)
+    sums, room = torch.zeros(count, weights, **like), fresh(count, size, **like)
     job = np.zeros(_HEAD, dtype=np.int64)
     numbers |= {"a": a.data_ptr(), "e": e.data_ptr(), "sums": sums.data_ptr(),
                 "room": room.data_ptr(), "size": size}  # fmt: skip
     for name, number in numbers.items():
         job[getattr(_AT, name)] = number
-    call(found, loop, job, len(a), len(a) * weights * numbers["positions"])
+    call(found, loop, job, len(a), work)
     return sums.sum(0)

@@ -28,7 +28,7 @@ from mep.kernels.cpu import compiled
 from mep.kernels.library import Native
 
 __all__ = ["BATCH", "COMMON", "LARGE", "SGEMM", "N", "T", "alone", "as_before", "call", "lane",
-           "product", "share"]  # fmt: skip
+           "lanes", "product", "share"]  # fmt: skip
 
 COMMON = 5
 SGEMM, _LIMIT, _PLACE, _TEAM, BATCH = range(COMMON)
@@ -128,6 +128,11 @@ def as_before(job, number):
         _set(job[_LIMIT], number)
 
 
+def lanes(batch: int, work: int) -> int:
+    """Returns how many threads share so many samples and multiplications, if there is a team."""
+    return max(1, min(torch.get_num_threads(), batch // _LEAST_ROWS, work // _LEAST_WORK))
+
+
 def call(found: Native, loop: Any, job: np.ndarray, batch: int, work: int) -> None:
     """Calls a loop in as many threads as torch may take.
 
@@ -138,7 +143,7 @@ def call(found: Native, loop: Any, job: np.ndarray, batch: int, work: int) -> No
         batch: number of samples.
         work: multiplications, of all samples.
     """
-    threads = min(torch.get_num_threads(), batch // _LEAST_ROWS, work // _LEAST_WORK)
+    threads = lanes(batch, work)
     parallel = found.parallel if threads > 1 else None
     # Alone, a product may take other threads.
     team = (0, 0, 0) if parallel is None else (found.limit, found.place, found.team)

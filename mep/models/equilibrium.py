@@ -246,6 +246,8 @@ def hopfield_cnn(
         raise ValueError(f"`pool` must be one of {tuple(pooling)}, got {pool!r}")
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"`kernel` must be odd and >= 1, got {kernel}")
+    if not channels:
+        raise ValueError("`channels` must name at least one convolution")
     pooled = pooling[pool]
     halvings = len(channels) - full_size
     if min(in_channels, size >> halvings if pooled else size, out_features, *channels) < 1:
