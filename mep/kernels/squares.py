@@ -11,7 +11,6 @@ errors, its squares. Where weights are few, nothing of a sample leaves the cache
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import Any
 
 import numba
 import numpy as np
@@ -89,40 +88,30 @@ def _add_squares(gradient_, sums_, count):
         sums[i] += gradient[i] * gradient[i]
 
 
-def _convolved(job):
+def _squares(job):
     head = numba.carray(job, (_HEAD,))
     lo, mine = share(head, head[BATCH])
     before = alone(head)
     positions, inputs, outputs = head[_AT.positions], head[_AT.inputs], head[_AT.outputs]
-    sample = head[_AT.channels] * head[_AT.height] * head[_AT.width]
+    convolved = head[_AT.channels] != 0
+    sample = positions * inputs
+    # Errors of a convolution lie in memory by output, those of a linear layer by position.
+    form, row = (N, positions) if convolved else (T, outputs)
+    if convolved:
+        sample = head[_AT.channels] * head[_AT.height] * head[_AT.width]
     gradient_ = head[_AT.room] + 4 * lane(head) * head[_AT.size]
     patches_ = gradient_ + 4 * outputs * inputs
     image_ = patches_ + 4 * positions * inputs
     sums_ = head[_AT.sums] + 4 * lane(head) * outputs * inputs
     for n in range(lo, lo + mine):
-        _pad(head, head[_AT.a] + 4 * n * sample, image_)
-        _unfold(head, image_, patches_)
-        e_ = head[_AT.e] + 4 * n * outputs * positions
+        seen_, e_ = head[_AT.a] + 4 * n * sample, head[_AT.e] + 4 * n * outputs * positions
+        if convolved:
+            _pad(head, seen_, image_)
+            _unfold(head, image_, patches_)
+            seen_ = patches_
         multiply(
-            head[SGEMM], N, N, outputs, inputs, positions,
-            1.0, e_, positions, patches_, inputs, 0.0, gradient_,
-        )  # fmt: skip
-        _add_squares(gradient_, sums_, outputs * inputs)
-    as_before(head, before)
-
-
-def _repeated(job):
-    head = numba.carray(job, (_HEAD,))
-    lo, mine = share(head, head[BATCH])
-    before = alone(head)
-    positions, inputs, outputs = head[_AT.positions], head[_AT.inputs], head[_AT.outputs]
-    gradient_ = head[_AT.room] + 4 * lane(head) * head[_AT.size]
-    sums_ = head[_AT.sums] + 4 * lane(head) * outputs * inputs
-    for n in range(lo, lo + mine):
-        a_, e_ = head[_AT.a] + 4 * n * positions * inputs, head[_AT.e] + 4 * n * positions * outputs
-        multiply(
-            head[SGEMM], T, N, outputs, inputs, positions,
-            1.0, e_, outputs, a_, inputs, 0.0, gradient_,
+            head[SGEMM], form, N, outputs, inputs, positions,
+            1.0, e_, row, seen_, inputs, 0.0, gradient_,
         )  # fmt: skip
         _add_squares(gradient_, sums_, outputs * inputs)
     as_before(head, before)
@@ -144,7 +133,7 @@ def convolved(found: Native, module: nn.Conv2d, a: Tensor, e: Tensor) -> Tensor:
     room = outputs * inputs + positions * inputs
     room += (height + 2 * top) * (width + 2 * left) * channels
     sums = _sums(
-        found, _convolved, a, e, torch.zeros, room, outputs=outputs, inputs=inputs,
+        found, a, e, room, outputs=outputs, inputs=inputs,
         positions=positions, channels=channels, height=height, width=width, down=down,
         across=across, rows=rows, columns=columns, top=top, left=left,
         step_down=module.stride[0], step_across=module.stride[1],
@@ -162,26 +151,21 @@ def repeated(found: Native, a: Tensor, e: Tensor) -> Tensor:
         e: errors of its outputs, ``(B, positions, out)``, the same.
     """
     positions, inputs, outputs = a.shape[1], a.shape[2], e.shape[2]
-    sums = _sums(
-        found, _repeated, a, e, torch.empty, outputs * inputs,
-        outputs=outputs, inputs=inputs, positions=positions,
-    )  # fmt: skip
-    return sums.view(outputs, inputs)
+    room, sizes = outputs * inputs, {"outputs": outputs, "inputs": inputs, "positions": positions}
+    return _sums(found, a, e, room, **sizes).view(outputs, inputs)
 
 
-def _sums(
-    found: Native, loop: Any, a: Tensor, e: Tensor, fresh: Any, size: int, **numbers: int
-) -> Tensor:
-    """Calls a loop in lanes with room for so many numbers each; returns the sum of their sums."""
+def _sums(found: Native, a: Tensor, e: Tensor, size: int, **numbers: int) -> Tensor:
+    """Calls the loop in lanes with room for so many numbers each; returns the sum of their sums."""
     like = {"dtype": torch.float32, "device": "cpu"}
     weights = numbers["outputs"] * numbers["inputs"]
     work = len(a) * weights * numbers["positions"]
     count = lanes(len(a), work)
-    sums, room = torch.zeros(count, weights, **like), fresh(count, size, **like)
+    sums, room = torch.zeros(count, weights, **like), torch.zeros(count, size, **like)
     job = np.zeros(_HEAD, dtype=np.int64)
     numbers |= {"a": a.data_ptr(), "e": e.data_ptr(), "sums": sums.data_ptr(),
                 "room": room.data_ptr(), "size": size}  # fmt: skip
     for name, number in numbers.items():
         job[getattr(_AT, name)] = number
-    call(found, loop, job, len(a), work)
+    call(found, _squares, job, len(a), work)
     return sums.sum(0)

@@ -234,7 +234,8 @@ def hopfield_cnn(
         readout: see ``EquilibriumNet``.
 
     Raises:
-        ValueError: if a size is not positive, ``kernel`` even, or ``pool`` unknown.
+        ValueError: if a size is not positive, ``channels`` empty, ``kernel`` even, or ``pool``
+            unknown.
 
     >>> hopfield_cnn(1, 8, 10, (4, 8))(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
