@@ -136,6 +136,17 @@ def test_over_relaxed_rounds_end_near_the_same_equilibrium(tmp_path, unplotted):
     assert losses(over) == pytest.approx(losses(plain), rel=0.02)
 
 
+@pytest.mark.parametrize("model", ["mlp", "cnn", "cnn3", "resnet13"])
+def test_an_output_that_is_read_out_is_no_state(tmp_path, model):
+    words = ("diagnose", "digits", "--batch", 16, "--model", f"hopfield-{model}")
+    within, _ = record_of(tmp_path / "within", *words)
+    outside, _ = record_of(tmp_path / "outside", *words, "--readout")
+    assert outside.config == within.config | {"readout": True}
+    assert len(outside.rows) == len(within.rows)
+    assert outside.summary["cosine"] != within.summary["cosine"]
+    assert min(outside.summary["cosine"], within.summary["cosine"]) > 0.9
+
+
 def test_sweeps_bound_the_settling(tmp_path, unplotted):
     for sweeps in (1, 2):
         record, _ = trained(tmp_path / str(sweeps), "--tol", 1e-9, "--sweeps", sweeps)
@@ -364,6 +375,7 @@ def test_a_budget_that_is_too_small_is_a_message(tmp_path):
         (("train", "--batch-size", "0"), "`batch_size` must be >= 1, got 0"),
         (("train", "--lr", "-1"), "lr"),
         (("train", "--depth", "5"), "--depth has no effect with --model mlp"),
+        (("train", "--readout"), "--readout has no effect with --model mlp"),
         (("train", "--omega", "1.2"), "--omega has no effect with --settler sweep"),
         (("train", "--settle-steps", "5"), "--settle-steps has no effect with --settler sweep"),
         (("train", "--settler", "limit", "--c", "1"), "--c has no effect with --settler limit"),

@@ -23,6 +23,7 @@ def diagnose(
     dataset: options.DatasetName = "digits",
     model: options.Model = "mlp",
     depth: options.Depth = None,
+    readout: options.Readout = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A checkpoint of mep train with the same model.")
     ] = None,
@@ -48,7 +49,7 @@ def diagnose(
     with choices.usage():
         choices.prepare(out, device)
         data = choices.load(dataset, data_dir, batch)
-        make_model, sizes = choices.network(model, data, depth)
+        make_model, sizes = choices.network(model, data, depth, readout)
         cost = choices.cost(cost, model)
         way = choices.estimator(model, settler, sweeps, settle_steps, tol, omega, stencil, beta, c)
         torch.manual_seed(seed)

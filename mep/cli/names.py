@@ -58,9 +58,9 @@ def _deep_mlp(data: Dataset, depth: int, width: int) -> nn.Module:
     return mep.models.deep_mlp(depth, width, in_features=features, out_features=data.classes)
 
 
-def _hopfield_mlp(data: Dataset, hidden: tuple[int, ...]) -> nn.Module:
+def _hopfield_mlp(data: Dataset, hidden: tuple[int, ...], readout: bool) -> nn.Module:
     features = data.x_train[0].numel()
-    return mep.models.hopfield_mlp(features, hidden=hidden, out_features=data.classes)
+    return mep.models.hopfield_mlp(features, hidden, data.classes, readout=readout)
 
 
 def _hopfield_cnn(
@@ -69,39 +69,43 @@ def _hopfield_cnn(
     kernel: int,
     full_size: bool,
     pool: Literal["stride", "average", "max"],
+    readout: bool,
 ) -> nn.Module:
     _, colours, size, _ = data.x_train.shape
-    how = {"kernel": kernel, "full_size": full_size, "pool": pool}
+    how = {"kernel": kernel, "full_size": full_size, "pool": pool, "readout": readout}
     return mep.models.hopfield_cnn(colours, size, data.classes, channels, **how)
 
 
-def _hopfield_resnet13(data: Dataset, width: int) -> nn.Module:
+def _hopfield_resnet13(data: Dataset, width: int, readout: bool) -> nn.Module:
     _, colours, size, _ = data.x_train.shape
-    return mep.models.hopfield_resnet13(colours, size, data.classes, width=width)
+    return mep.models.hopfield_resnet13(colours, size, data.classes, width=width, readout=readout)
 
 
 def _looped(data: Dataset, width: int) -> nn.Module:
     return mep.models.LoopedMLP(data.x_train[0].numel(), width, data.classes)
 
 
-_CONVOLUTIONS = {"channels": (32, 64), "kernel": 5, "full_size": False, "pool": "stride"}
+_WITHIN = {"readout": False}
+_CONVOLUTIONS = {
+    "channels": (32, 64), "kernel": 5, "full_size": False, "pool": "stride", **_WITHIN
+}  # fmt: skip
 MODELS = {
     "mlp": (_mlp, {}),
     "cnn": (_cnn, {"channels": (32, 64), "hidden": 128}),
     "deep-mlp": (_deep_mlp, {"depth": 10, "width": 128}),
-    "hopfield-mlp": (_hopfield_mlp, {}),
+    "hopfield-mlp": (_hopfield_mlp, _WITHIN),
     "hopfield-cnn": (_hopfield_cnn, _CONVOLUTIONS),
     "hopfield-cnn3": (
         _hopfield_cnn,
         {**_CONVOLUTIONS, "channels": (32, 64, 128), "kernel": 3, "full_size": True},
     ),
-    "hopfield-resnet13": (_hopfield_resnet13, {"width": 16}),
+    "hopfield-resnet13": (_hopfield_resnet13, {"width": 16, **_WITHIN}),
     "looped": (_looped, {"width": 512}),
 }
 """Model -> what makes it for a data set, and its sizes; an mlp's come with the data set."""
 
 SQUARED = ("hopfield-mlp", "hopfield-cnn", "hopfield-cnn3", "hopfield-resnet13")
-"""Models whose output is a state of the equilibrium, pulled by a squared error."""
+"""Models whose output a squared error pulls: a state of the equilibrium, or read out of it."""
 
 SYMMETRIC = (*SQUARED, "looped")
 """Models whose output is an equilibrium: they settle by fixed points, not by sweeps."""

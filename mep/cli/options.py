@@ -11,7 +11,7 @@ from mep.cli.names import COSTS, DEFAULTS, MODELS, SETTLERS, STENCILS
 
 __all__ = [
     "Batch", "Beta", "C", "Cost", "DataDir", "DatasetName", "Depth", "Device", "MaxSamples",
-    "Model", "Omega", "Out", "SettleSteps", "Settler", "Stencil", "Sweeps", "Tol",
+    "Model", "Omega", "Out", "Readout", "SettleSteps", "Settler", "Stencil", "Sweeps", "Tol",
 ]  # fmt: skip
 
 
@@ -26,6 +26,11 @@ Model = Annotated[str, typer.Option(metavar=_of(MODELS), help="Architecture.")]
 Depth = Annotated[
     int | None, typer.Option(min=2, help="Weighted layers of deep-mlp.", show_default="10")
 ]
+Readout = Annotated[
+    bool | None,
+    typer.Option("--readout", help="Read the output out of the last activity of a Hopfield model, "
+                 "instead of settling it with the rest."),
+]  # fmt: skip
 Settler = Annotated[
     str | None,
     typer.Option(metavar=_of(SETTLERS), help="How EP settles.",

@@ -25,6 +25,7 @@ def train(
     dataset: options.DatasetName = "digits",
     model: options.Model = "mlp",
     depth: options.Depth = None,
+    readout: options.Readout = None,
     optimizer: Annotated[str, typer.Option(metavar="ep|backprop", help="What trains.")] = "ep",
     compare: Annotated[
         str | None,
@@ -85,7 +86,7 @@ def train(
     with choices.usage():
         choices.prepare(out, device)
         data = choices.load(dataset, data_dir, max_samples)
-        make_model, sizes = choices.network(model, data, depth)
+        make_model, sizes = choices.network(model, data, depth, readout)
         if optimizer == "backprop":
             choices.refuse({"memory_budget": memory_budget}, "--optimizer backprop")
         if memory_budget is not None and settler is None and sweeps is None:
