@@ -85,7 +85,7 @@ def test_the_defaults_reach_97_percent_on_digits(tmp_path):
         (("--model", "hopfield-resnet13"), {"cost": "mse", "width": 16}),
         (("--model", "looped"), {"cost": "cross_entropy", "settler": "fixed-point"}),
         (("--cost", "mse"), {"cost": "mse"}),
-        (("--spectral", 0.5), {"spectral": 0.5}),
+        (("--spectral", 0.5), {"spectral": 0.5, "clip": False}),
         (("--model", "deep-mlp"), {"model": "deep-mlp", "depth": 10}),
         (("--model", "deep-mlp", "--depth", 4), {"depth": 4}),
         (("--optimizer", "backprop"), {"optimizer": "backprop"}),
@@ -134,6 +134,14 @@ def test_over_relaxed_rounds_end_near_the_same_equilibrium(tmp_path, unplotted):
     assert over.config == plain.config | {"omega": 1.2}
     assert losses(over) != losses(plain)
     assert losses(over) == pytest.approx(losses(plain), rel=0.02)
+
+
+def test_a_clipped_spectrum_is_another_than_a_scaled_one(tmp_path, unplotted):
+    words = ("--model", "deep-mlp", "--depth", 4, "--spectral", 0.5)
+    scaled, _ = trained(tmp_path / "scaled", *words)
+    clipped, _ = trained(tmp_path / "clipped", *words, "--clip")
+    assert clipped.config == scaled.config | {"clip": True}
+    assert losses(clipped) != losses(scaled)
 
 
 def test_an_output_that_is_read_out_is_no_state(tmp_path):
@@ -381,6 +389,7 @@ def test_a_budget_that_is_too_small_is_a_message(tmp_path):
         (("train", "--batch-size", "0"), "`batch_size` must be >= 1, got 0"),
         (("train", "--lr", "-1"), "lr"),
         (("train", "--depth", "5"), "--depth has no effect with --model mlp"),
+        (("train", "--clip"), "--clip has no effect without --spectral"),
         (("train", "--readout"), "--readout has no effect with --model mlp"),
         (("train", "--omega", "1.2"), "--omega has no effect with --settler sweep"),
         (("train", "--settle-steps", "5"), "--settle-steps has no effect with --settler sweep"),

@@ -65,7 +65,8 @@ def largest_excess(steps=200, mode="ep", **options):
 @pytest.mark.parametrize("mode", ["ep", "backprop"])
 @pytest.mark.parametrize("rule", RULES)
 def test_bound_holds_after_every_step_and_is_needed(rule, mode):
-    assert largest_excess(mode=mode, constraint=SpectralNorm(), **RULES[rule]) <= HELD
+    for held in (SpectralNorm(), SpectralNorm(clip=True)):
+        assert largest_excess(mode=mode, constraint=held, **RULES[rule]) <= HELD
     assert largest_excess(mode=mode, **RULES[rule]) > 1.5
 
 
@@ -91,6 +92,27 @@ def test_weights_beyond_are_scaled_and_nothing_else():
     for before, after in zip(large, found, strict=True):
         assert 0.5 * (1 - 1e-5) <= norm(after) <= 0.5 * HELD  # never below, up to rounding
         torch.testing.assert_close(after, before * (norm(after) / norm(before)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clipping_is_the_projection_onto_the_bound(dtype):
+    for before in [3 * w.double() for w in random_weights()]:
+        left, values, right = torch.linalg.svd(before.flatten(1), full_matrices=False)
+        nearest = (left * values.clamp_max(0.5)) @ right
+        after = applied(SpectralNorm(0.5, clip=True), [before.to(dtype)])[0]
+        torch.testing.assert_close(after.double().flatten(1), nearest, atol=1e-6, rtol=1e-6)
+        again = applied(SpectralNorm(0.5, clip=True), [after.clone()])[0]
+        torch.testing.assert_close(again, after, atol=0.0, rtol=1e-5)
+
+
+def test_clipping_leaves_what_is_within_the_bound():
+    left, right, weight = with_spectrum([1e5, 3.0, 0.4, 0.3, 1e-3], 40, 60)
+    found = applied(SpectralNorm(0.5, clip=True), [weight.float()])[0].double()
+    values = torch.diagonal(left.T @ found @ right)
+    kept = torch.tensor([0.5, 0.5, 0.4, 0.3, 1e-3], dtype=torch.float64)
+    torch.testing.assert_close(values, kept, atol=1e-2, rtol=0.0)  # 1e5 in float32 has that much
+    within = weight.float() / 1e6
+    assert identical([within], applied(SpectralNorm(0.5, clip=True), [within.clone()]))
 
 
 # --- adversarial spectra -------------------------------------------------------------------------
@@ -374,6 +396,7 @@ def test_every_option_changes_the_result():
     options = [
         {},
         {"bound": 0.5},
+        {"bound": 0.5, "clip": True},
         {"bound": 0.5, "conv": "operator", "size": SIZE},
         {"bound": 0.5, "conv": "operator", "size": (2, 2)},
     ]
@@ -397,6 +420,11 @@ BAD = [
     ({"conv": "operator"}, ValueError, r"\(size=...\)` is needed with conv='operator'"),
     ({"size": (4, 4)}, ValueError, r"only there, got size=\(4, 4\) with conv='flattened'"),
     ({"conv": "operator", "size": (4, 0)}, ValueError, r"two whole numbers >= 1 .* \(4, 0\)"),
+    (
+        {"conv": "operator", "size": (4, 4), "clip": True},
+        ValueError,
+        r"\(clip=True\)` needs conv='flattened'",
+    ),
     ({"conv": "operator", "size": 4}, ValueError, r"two whole numbers >= 1 .* got 4"),
 ]
 

@@ -30,7 +30,12 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SpectralNorm(Constraint):
-    """``sigma(W) <= b`` up to 1 %; a weight beyond is scaled: ``W <- (b / sigma) W``.
+    """``sigma(W) <= b`` up to 1 %; a weight beyond is scaled, ``W <- (b / sigma) W``, or clipped.
+
+    Scaling is cheap and keeps every direction in proportion, but wherever one of them grows at
+    every step it drags all others down with it, as weight decay would. Clipping,
+    ``W <- U min(S, b) V^T``, is the smallest change that restores the bound and leaves them alone;
+    it takes an eigendecomposition of the smaller Gram matrix, in float64, of each weight beyond.
 
     The largest singular value is estimated from below by block power iteration from the vectors of
     the last step. For matrices a Cholesky factor of ``(1.005 sigma)^2 I - W W^T`` then proves that
@@ -50,6 +55,8 @@ class SpectralNorm(Constraint):
         size: (height, width) of the images that kernels act on, for ``conv="operator"`` only.
         ends: False leaves the first and the last weight of a model alone, such as those into and
             out of a recurrent one.
+        clip: whether only the singular values beyond the bound are cut down to it, for
+            ``conv="flattened"`` only.
 
     Raises:
         TypeError, ValueError: if an option does not fit.
@@ -60,14 +67,21 @@ class SpectralNorm(Constraint):
     tensor([[2.0000, 0.0000],
             [0.0000, 0.5000]])
 
+    >>> weight = torch.diag(torch.tensor([4.0, 1.0]))
+    >>> SpectralNorm(2.0, clip=True).apply([weight], [{}])
+    >>> weight
+    tensor([[2.0000, 0.0000],
+            [0.0000, 1.0000]])
+
     Source: Miyato et al. 2018, sec. 2.1 and appendix A (power iteration); operator norms of
-    convolutions: Sedghi et al. 2019.
+    convolutions, and clipping: Sedghi et al. 2019.
     """
 
     bound: float | None = None
     conv: Literal["flattened", "operator"] = "flattened"
     size: tuple[int, int] | None = None
     ends: bool = True
+    clip: bool = False
 
     def __post_init__(self) -> None:
         if self.bound is not None:
@@ -86,6 +100,11 @@ class SpectralNorm(Constraint):
             raise ValueError(
                 "`SpectralNorm(size=...)` is needed with conv='operator' and only there, "
                 f"got size={self.size!r} with conv={self.conv!r}"
+            )
+        if self.clip and self.conv == "operator":
+            raise ValueError(
+                "`SpectralNorm(clip=True)` needs conv='flattened': an operator norm can be scaled "
+                "only, for as a rule no kernel of that size has the clipped spectrum"
             )
         if self.size is not None and not (
             isinstance(self.size, tuple)
@@ -139,7 +158,9 @@ class SpectralNorm(Constraint):
             batch, vectors.to(first.dtype), (bounds / norms).tolist(), strict=True
         ):
             state[VECTORS] = vector.clone()  # of its own, or each would be saved with the batch
-            if factor < 1 - ROUNDING:
+            if factor < 1 - ROUNDING and self.clip:
+                p.copy_(_clipped(p, self.bound or state[BOUND]))
+            elif factor < 1 - ROUNDING:
                 p.mul_(factor)
 
     def _is_operator(self, parameter: Tensor) -> bool:
@@ -217,6 +238,20 @@ def _of_matrices(
         values, inner = torch.linalg.eigh(gram[missed])
         top[missed], vectors[missed] = values[:, -1], inner[..., -kept:]
     return top.sqrt() * sizes, vectors
+
+
+def _clipped(weight: Tensor, bound: float) -> Tensor:
+    """Returns the nearest weight without a singular value beyond the bound, in float64."""
+    matrix = weight.flatten(1).double()
+    wide = matrix.shape[0] <= matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix)
+    beyond = squares > bound**2
+    vectors, excess = vectors[:, beyond], 1 - bound / squares[beyond].sqrt()
+    if wide:
+        cut = (vectors * excess) @ (vectors.mT @ matrix)
+    else:
+        cut = (matrix @ vectors * excess) @ vectors.mT
+    return (matrix - cut).view_as(weight)
 
 
 def _positive(matrices: Tensor) -> Tensor:
