@@ -67,6 +67,30 @@ def test_a_share_of_the_way(shape, share, threads):
         assert share != 1 or torch.equal(moved, rest)
 
 
+def last(t):
+    return t.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def test_maps_with_channels_last_are_the_same_in_another_order():
+    shape = (4, 3, 2, 7)
+    s, one, two, current = (normal(*shape, seed=k) for k in range(4))
+    assert ramps_of(last(s), last(one)) is not None
+    assert ramps_of(last(s), one) is None and ramps_of(one, last(s)) is None
+    first = BOX.around(BOX.rest(current), current)
+    moved = BOX.around(last(BOX.rest(current)), last(current))
+    for unit, other in ((BOX, BOX), (first, moved)):
+        wanted, gap = unit.rest_under([one, two], s)
+        found, other_gap = other.rest_under([last(one), last(two)], last(s))
+        assert torch.equal(found, wanted) and found.stride() == last(s).stride()
+        torch.testing.assert_close(other_gap, gap)
+        start = unit.kept(s)
+        wanted, gap = unit.approach(start, wanted, 1.3)
+        found, other_gap = other.approach(last(start), found, 1.3)
+        assert torch.equal(found, wanted) and found.stride() == last(s).stride()
+        torch.testing.assert_close(other_gap, gap)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_spoils_its_own_sample(bad):
     current = normal(3, 40)
@@ -96,6 +120,9 @@ def test_kernels_are_for_float32_in_a_row():
 NETS = {
     "mlp": lambda: hopfield_mlp(49, (32, 24), 10),
     "strided": lambda: hopfield_cnn(1, 7, 10, (3, 4)),
+    "channels first": lambda: hopfield_cnn(1, 7, 10, (3, 4)).to(
+        memory_format=torch.contiguous_format
+    ),
     "pooled": lambda: hopfield_cnn(1, 7, 10, (3, 4), pool="average"),
     "skip": lambda: EquilibriumNet(
         nn.Sequential(

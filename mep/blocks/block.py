@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.curvature import Signal
+from mep.kernels import rows_of
 
 __all__ = ["Block", "parameters_of", "sample_norm"]
 
@@ -164,7 +165,8 @@ def parameters_of(blocks: Iterable[Block]) -> Iterator[nn.Parameter]:
 
 def sample_norm(t: Tensor) -> Tensor:
     """Returns the norm of every sample, shape ``(B,)``."""
-    return torch.linalg.vector_norm(t if t.dim() == 2 else t.flatten(1), dim=1)
+    rows = t if t.dim() == 2 else rows_of(t)
+    return torch.linalg.vector_norm(t.flatten(1) if rows is None else rows, dim=1)
 
 
 def _short(module: nn.Module) -> str:

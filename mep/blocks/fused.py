@@ -10,6 +10,7 @@ from mep.blocks.closed import ClosedBlock, Point
 from mep.blocks.elementwise import Elementwise, elementwise_of
 from mep.blocks.layers import Layer
 from mep.blocks.operations import Memo, Operation, Pointwise, Reshape
+from mep.kernels import laid_like, rows_of
 
 __all__ = ["FusedBlock", "FusedPoint"]
 
@@ -38,7 +39,7 @@ class FusedBlock(ClosedBlock):
         return all(isinstance(op, Reshape) for op in others)
 
     def predict(self, s: Tensor) -> tuple[Tensor, Point]:
-        if s.dim() < 2 or _rows(s) is None or torch.is_grad_enabled():
+        if s.dim() < 2 or rows_of(s) is None or torch.is_grad_enabled():
             return super().predict(s)
         lead = self.operations[0]
         assert isinstance(lead, Pointwise) and self.layer is not None
@@ -64,7 +65,7 @@ class FusedBlock(ClosedBlock):
         """Returns room for an error, and the rows of state, activity, product and error."""
         s, y, *_ = point.values
         e = _room(s)
-        inner = _laid_like(self._pull_through(point, product, 1), s)
+        inner = laid_like(self._pull_through(point, product, 1), s)
         return e, [_row(t) for t in (s, y, inner, e)]
 
     def difference(self, point: Point, d: Tensor) -> tuple[Tensor, Point]:
@@ -72,7 +73,7 @@ class FusedBlock(ClosedBlock):
             return super().difference(point, d)
         s, y, *_ = point.values
         change, y_new = _room(s), _room(s)
-        point.between.move(*map(_row, (s, y, _laid_like(d, s), change, y_new)))
+        point.between.move(*map(_row, (s, y, laid_like(d, s), change, y_new)))
         return self._pushed(point, change), self._moved_to(point, y_new)
 
     def advance(
@@ -81,9 +82,9 @@ class FusedBlock(ClosedBlock):
         if not isinstance(point, FusedPoint):
             return super().advance(point, d, product, e)
         s, y, *_ = point.values
-        inner = _laid_like(self._pull_through(point, product, 1), s)
+        inner = laid_like(self._pull_through(point, product, 1), s)
         change, y_new, norm = _room(s), _room(s), torch.empty_like(_row(s)[:, 0])
-        d, e = _laid_like(d, s), _laid_like(e, s)
+        d, e = laid_like(d, s), laid_like(e, s)
         point.between.nudge(
             _row(s), _row(y), _row(d), 0.0, _row(inner), _row(e), _row(change), _row(y_new), norm
         )
@@ -107,21 +108,8 @@ class FusedBlock(ClosedBlock):
         return FusedPoint([point.values[0], *self._shaped(y_new)], point.memos, point.between)
 
 
-def _rows(t: Tensor) -> Tensor | None:
-    """Returns a view in which every sample is a row, in the order of memory; None if there is none.
-
-    >>> _rows(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)).shape
-    torch.Size([2, 60])
-    """
-    if t.is_contiguous():
-        return t.flatten(1)
-    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
-        return t.permute(0, 2, 3, 1).flatten(1)
-    return None
-
-
 def _row(t: Tensor) -> Tensor:
-    found = _rows(t)
+    found = rows_of(t)
     assert found is not None, "laid like a state that has rows"
     return found
 
@@ -130,9 +118,3 @@ def _room(s: Tensor) -> Tensor:
     """Returns a tensor like a state, to write into."""
     kept = take(s) if s.is_contiguous() else None
     return torch.empty_like(s) if kept is None else kept
-
-
-def _laid_like(t: Tensor, s: Tensor) -> Tensor:
-    """Returns a tensor that lies in memory as a state does."""
-    last = not s.is_contiguous()
-    return t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mep.blocks.activations import Activation, of_module
+from mep.kernels import is_channels_last, laid_like
 
 __all__ = ["Dropout", "MaxPool2d", "Operation", "Pointwise", "Reshape", "operation_of"]
 
@@ -77,7 +78,8 @@ class Reshape(Operation):
         return self.module(x), None
 
     def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
-        return g.reshape(x.shape)
+        g = g.reshape(x.shape)
+        return laid_like(g, x) if is_channels_last(x) else g
 
     def move(
         self, x: Tensor, y: Tensor, memo: Memo, d: Tensor, x_new: Tensor

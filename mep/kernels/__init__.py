@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.kernels.coupled import CoupledPhase
+from mep.kernels.layout import is_channels_last, laid_like, rows_of
 from mep.kernels.library import native
 from mep.kernels.rows import rows
 
@@ -41,11 +42,14 @@ __all__ = [
     "capture_segments",
     "cross_entropy",
     "eager",
+    "is_channels_last",
     "kernels_of",
+    "laid_like",
     "loops_of",
     "ramps_of",
     "rounds_of",
     "rows",
+    "rows_of",
     "sample_squares",
 ]
 
@@ -105,12 +109,17 @@ def kernels_of(activation: str, like: Tensor) -> Kernels | None:
 
 
 def ramps_of(*tensors: Tensor | None) -> Ramps | None:
-    """Returns the arithmetic of ramps that settle for such tensors, of one shape, or None."""
+    """Returns the arithmetic of ramps that settle for such tensors, or None.
+
+    Args:
+        tensors: of one shape, and in the same order in memory.
+    """
     known = [t for t in tensors if t is not None]
     s = known[0]
     if s.dtype != torch.float32 or not s.is_cpu or _eager.get() or torch.is_grad_enabled():
         return None
-    if not all(t.is_contiguous() and t.dtype == s.dtype and t.shape == s.shape for t in known):
+    ordered = is_channels_last if is_channels_last(s) else Tensor.is_contiguous
+    if not all(ordered(t) and t.dtype == s.dtype and t.shape == s.shape for t in known):
         return None
     return _ramps()
 

@@ -128,7 +128,7 @@ def _approaches(job):
 
 
 class Ramps:
-    """Float32 ramps on a CPU, contiguous, ``(B, ...)`` each.
+    """Float32 ramps on a CPU, ``(B, ...)`` each, all in the same order in memory.
 
     Args:
         found: functions of torch's libraries; None to do without its threads.

@@ -221,6 +221,9 @@ def hopfield_cnn(
 ) -> EquilibriumNet:
     """Returns a convolutional layered Hopfield net: convolutions, one output layer.
 
+    Its weights lie channels last, and so will its maps: what a convolution at every second place
+    sends back down takes less time so, and a settling net sends it down in every round.
+
     Args:
         in_channels: channels of the image.
         size: height and width.
@@ -264,7 +267,8 @@ def hopfield_cnn(
         layers += [pooled(2)] if halves and pooled else []
         size = size // 2 if halves and pooled else (size + stride - 1) // stride
     layers += [nn.Flatten(), nn.Linear(channels[-1] * size * size, out_features)]
-    return EquilibriumNet(nn.Sequential(*layers), potential=potential, readout=readout)
+    net = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    return EquilibriumNet(net, potential=potential, readout=readout)
 
 
 def hopfield_resnet13(
