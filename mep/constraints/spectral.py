@@ -35,7 +35,7 @@ class SpectralNorm(Constraint):
     Scaling is cheap and keeps every direction in proportion, but wherever one of them grows at
     every step it drags all others down with it, as weight decay would. Clipping,
     ``W <- U min(S, b) V^T``, is the smallest change that restores the bound and leaves them alone;
-    it takes an eigendecomposition of the smaller Gram matrix, in float64, of each weight beyond.
+    it takes the estimate's own vectors and, where they do not do, an eigendecomposition.
 
     The largest singular value is estimated from below by block power iteration from the vectors of
     the last step. For matrices a Cholesky factor of ``(1.005 sigma)^2 I - W W^T`` then proves that
@@ -150,18 +150,26 @@ class SpectralNorm(Constraint):
         first, states = batch[0][0], [state for _, state in batch]
         weights = torch.stack([p for p, _ in batch]).to(_dtype(first))
         bounds = weights.new_tensor([self.bound or state[BOUND] for state in states])
-        if self._is_operator(first):
+        if self.clip:
+            held, vectors = _clipped(weights.flatten(2), bounds, states)
+        else:
+            held, vectors = self._scaled(weights, bounds, states)
+        for (p, state), vector, weight in zip(batch, vectors.to(first.dtype), held, strict=True):
+            state[VECTORS] = vector.clone()  # of its own, or each would be saved with the batch
+            if weight is not None:
+                p.copy_(weight.view_as(p))
+
+    def _scaled(
+        self, weights: Tensor, bounds: Tensor, states: list[dict[str, Any]]
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """Returns the weights that were beyond their bounds, scaled, None for others; vectors."""
+        if self._is_operator(weights[0]):
             norms, vectors = self._of_kernels(weights, states, CERTAIN)
         else:
             norms, vectors = _of_matrices(weights.flatten(2), bounds, states)
-        for (p, state), vector, factor in zip(
-            batch, vectors.to(first.dtype), (bounds / norms).tolist(), strict=True
-        ):
-            state[VECTORS] = vector.clone()  # of its own, or each would be saved with the batch
-            if factor < 1 - ROUNDING and self.clip:
-                p.copy_(_clipped(p, self.bound or state[BOUND]))
-            elif factor < 1 - ROUNDING:
-                p.mul_(factor)
+        factors = (bounds / norms).tolist()
+        pairs = zip(weights, factors, strict=True)
+        return [w * factor if factor < 1 - ROUNDING else None for w, factor in pairs], vectors
 
     def _is_operator(self, parameter: Tensor) -> bool:
         return self.conv == "operator" and parameter.dim() == 4
@@ -209,49 +217,91 @@ class SpectralNorm(Constraint):
 def _of_matrices(
     weights: Tensor, bounds: Tensor, states: list[dict[str, Any]]
 ) -> tuple[Tensor, Tensor]:
-    """Returns the norms of matrices ``(N, m, n)``, to 0.5 % if above the bound, and vectors.
+    """Returns the norms of matrices ``(N, m, n)``, to 0.5 % if above the bound, and vectors."""
+    sizes = _sizes(weights, bounds)
+    weights = weights / sizes[:, None, None]
+    gram = _gram(weights)
+    values, vectors = _ritz(gram, states)
+    top = values[:, -1]
+    missed = ~_within(gram, SLACK**2 * top.maximum((bounds / sizes).square()))
+    if missed.any():
+        values, found = torch.linalg.eigh(gram[missed])
+        top[missed], vectors[missed] = values[:, -1], found[..., -vectors.shape[-1] :]
+    return top.sqrt() * sizes, vectors[..., -KEPT:]
 
-    Overwrites the matrices.
+
+def _clipped(
+    weights: Tensor, bounds: Tensor, states: list[dict[str, Any]]
+) -> tuple[list[Tensor | None], Tensor]:
+    """Returns matrices ``(N, m, n)`` that were beyond their bounds, clipped, None for others.
+
+    And vectors. What estimates do not bring within the bound is clipped exactly, in float64.
     """
+    sizes = _sizes(weights, bounds)
+    weights, bounds = weights / sizes[:, None, None], bounds / sizes
+    values, vectors = _ritz(_gram(weights), states)
+    excess = _excess(values, bounds)
+    held = _cut(weights, vectors, excess)
+    missed = ~_within(_gram(held), (SLACK * bounds).square())
+    if missed.any():
+        exact = weights[missed].double()
+        values, found = torch.linalg.eigh(_gram(exact))
+        held[missed] = _cut(exact, found, _excess(values, bounds[missed].double())).to(held)
+        vectors[missed] = found[..., -vectors.shape[-1] :].to(vectors)
+    beyond = (excess.any(1) | missed).tolist()
+    held *= sizes[:, None, None]
+    return [w if was else None for w, was in zip(held, beyond, strict=True)], vectors[..., -KEPT:]
+
+
+def _excess(squares: Tensor, bounds: Tensor) -> Tensor:
+    """Returns which share of singular values is beyond the bounds, from their squares."""
+    found = 1 - bounds[:, None] / squares.clamp_min(0).sqrt()
+    return torch.where(found > ROUNDING, found, 0)
+
+
+def _cut(weights: Tensor, vectors: Tensor, shares: Tensor) -> Tensor:
+    """Returns matrices less these shares of some singular directions, those of the Gram matrix."""
+    shares = shares[:, None, :]
+    if _is_wide(weights):
+        return weights - (vectors * shares) @ (vectors.mT @ weights)
+    return weights - (weights @ vectors * shares) @ vectors.mT
+
+
+def _sizes(weights: Tensor, bounds: Tensor) -> Tensor:
+    """Returns the largest entry of each matrix, at least its bound: no square overflows then."""
     entries = weights.flatten(1)
-    # so that no square overflows; torch's own maximum norm takes ten times as long
-    sizes = torch.maximum(entries.amax(1), -entries.amin(1)).maximum(bounds)
-    weights.div_(sizes[:, None, None])
-    wide = weights.shape[1] <= weights.shape[2]
-    gram = weights @ weights.mT if wide else weights.mT @ weights
-    kept = min(KEPT, gram.shape[-1])
+    # torch's own maximum norm takes ten times as long
+    return torch.maximum(entries.amax(1), -entries.amin(1)).maximum(bounds)
+
+
+def _is_wide(weights: Tensor) -> bool:
+    return weights.shape[1] <= weights.shape[2]
+
+
+def _gram(weights: Tensor) -> Tensor:
+    """Returns the smaller Gram matrix of each."""
+    return weights @ weights.mT if _is_wide(weights) else weights.mT @ weights
+
+
+def _ritz(gram: Tensor, states: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Returns Ritz values and vectors, ascending, from the vectors of the last step."""
     if VECTORS in states[0]:
         start = torch.stack([state[VECTORS] for state in states]).to(gram)
     else:
-        start = gram[..., :kept]
+        start = gram[..., :KEPT]
     basis = [start]
     for _ in range(DEPTH):
         basis.append(F.normalize(gram @ basis[-1], dim=1))
     found = torch.linalg.qr(torch.cat(basis, -1)).Q
     values, inner = torch.linalg.eigh(found.mT @ gram @ found)
-    top, vectors = values[:, -1], found @ inner[..., -kept:]
-    enough = SLACK**2 * top.maximum((bounds / sizes).square())
+    return values, found @ inner
+
+
+def _within(gram: Tensor, squares: Tensor) -> Tensor:
+    """True for each matrix of which a factorisation proves that no eigenvalue is beyond."""
     above = gram.neg()
-    above.diagonal(0, 1, 2).add_(enough[:, None])
-    missed = ~_positive(above)
-    if missed.any():
-        values, inner = torch.linalg.eigh(gram[missed])
-        top[missed], vectors[missed] = values[:, -1], inner[..., -kept:]
-    return top.sqrt() * sizes, vectors
-
-
-def _clipped(weight: Tensor, bound: float) -> Tensor:
-    """Returns the nearest weight without a singular value beyond the bound, in float64."""
-    matrix = weight.flatten(1).double()
-    wide = matrix.shape[0] <= matrix.shape[1]
-    squares, vectors = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix)
-    beyond = squares > bound**2
-    vectors, excess = vectors[:, beyond], 1 - bound / squares[beyond].sqrt()
-    if wide:
-        cut = (vectors * excess) @ (vectors.mT @ matrix)
-    else:
-        cut = (matrix @ vectors * excess) @ vectors.mT
-    return (matrix - cut).view_as(weight)
+    above.diagonal(0, 1, 2).add_(squares[:, None])
+    return _positive(above)
 
 
 def _positive(matrices: Tensor) -> Tensor:
