@@ -389,7 +389,7 @@ def test_a_budget_that_is_too_small_is_a_message(tmp_path):
         (("train", "--batch-size", "0"), "`batch_size` must be >= 1, got 0"),
         (("train", "--lr", "-1"), "lr"),
         (("train", "--depth", "5"), "--depth has no effect with --model mlp"),
-        (("train", "--clip"), "--clip has no effect without --spectral"),
+        (("train", "--clip"), "--clip has no effect with no --spectral"),
         (("train", "--readout"), "--readout has no effect with --model mlp"),
         (("train", "--omega", "1.2"), "--omega has no effect with --settler sweep"),
         (("train", "--settle-steps", "5"), "--settle-steps has no effect with --settler sweep"),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mep
-from mep.couplings import Ramp
+from mep.couplings import Ramp, ramp
 from mep.kernels import eager, ramps_of
 from mep.models import EquilibriumNet, hopfield_cnn, hopfield_mlp
 
@@ -123,7 +123,7 @@ NETS = {
     "channels first": lambda: hopfield_cnn(1, 7, 10, (3, 4)).to(
         memory_format=torch.contiguous_format
     ),
-    "pooled": lambda: hopfield_cnn(1, 7, 10, (3, 4), pool="average"),
+    "averages": lambda: hopfield_cnn(1, 7, 10, (3, 4), pool="average"),
     "skip": lambda: EquilibriumNet(
         nn.Sequential(
             nn.Flatten(), nn.Linear(49, 24), nn.Hardtanh(0, 1), nn.Linear(24, 24),
@@ -146,6 +146,8 @@ def test_a_step_is_what_it_is_without_kernels(name, omega, order, monkeypatch):
         monkeypatch.setattr(
             kind, what, lambda self, *a, do=do, kind=kind: asked.append(kind) or do(self, *a)
         )
+    unfused = []
+    monkeypatch.setattr(ramp, "ramps_of", lambda *t: ramps_of(*t) or unfused.append(t))
     settler = mep.FixedPoint(300, 1e-4, order, omega)
 
     def step():
@@ -162,6 +164,7 @@ def test_a_step_is_what_it_is_without_kernels(name, omega, order, monkeypatch):
 
     found = step()
     assert {*asked} == {Rounds if name == "mlp" and order != "synchronous" else Ramps}
+    assert not unfused  # whatever order in memory layers and poolings give maps
     with eager():
         asked.clear()
         wanted = step()

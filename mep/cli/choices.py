@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Estimator", "command_line", "cost", "estimator", "integers", "load", "network", "nudging",
-    "pick", "prepare", "refuse", "running", "show", "usage",
+    "Estimator", "command_line", "cost", "described", "estimator", "integers", "load", "network",
+    "nudging", "pick", "prepare", "refuse", "running", "show", "usage",
 ]  # fmt: skip
 
 
@@ -111,6 +111,12 @@ def network(
     refuse({k: v for k, v in given.items() if k not in sizes}, f"--model {name}")
     sizes = sizes | {k: v for k, v in given.items() if v is not None}
     return partial(make, data, **sizes), {"model": name, **sizes}
+
+
+def described(model: str, sizes: Mapping[str, Any]) -> str:
+    """A model in words, for a plot."""
+    layers = f", {sizes['depth']} layers" if "depth" in sizes else ""
+    return model + layers + (", read out" if sizes.get("readout") else "")
 
 
 @dataclass(frozen=True)

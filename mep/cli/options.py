@@ -28,8 +28,8 @@ Depth = Annotated[
 ]
 Readout = Annotated[
     bool | None,
-    typer.Option("--readout", help="Read the output out of the last activity of a Hopfield model, "
-                 "instead of settling it with the rest."),
+    typer.Option("--readout", help="Read the output out of the last activity of a Hopfield model "
+                 "instead of settling it with the rest (the cost stays mse unless --cost)."),
 ]  # fmt: skip
 Settler = Annotated[
     str | None,

@@ -42,9 +42,9 @@ def profile(
             net.parameters(), model=net, mode=mode, cost=cost, lr=0.0, momentum=0.9
         )
         x, y = data.x_train[:batch].to(device), data.y_train[:batch].to(device)
-        layers = f", {sizes['depth']} layers" if "depth" in sizes else ""
+        name = choices.described(model, sizes)
         config = {
-            "dataset": dataset, **sizes, "label": f"{mode}, {model}{layers}, {dataset}",
+            "dataset": dataset, **sizes, "label": f"{mode}, {name}, {dataset}",
             "steps": steps, "mode": mode, "batch": len(x), "seed": seed, "device": device,
         }  # fmt: skip
     with choices.running():

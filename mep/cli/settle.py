@@ -47,9 +47,9 @@ def settle(
             settlers = rounds | {"anderson": mep.Anderson(sweeps, None)} | settlers
         else:
             settlers = {"sweep": mep.Sweep(max_sweeps=sweeps, tol=None)} | settlers
-        layers = f", {sizes['depth']} layers" if "depth" in sizes else ""
+        name = choices.described(model, sizes)
         config = {
-            "dataset": dataset, **sizes, "label": f"{model}{layers}, {dataset}", "sweeps": sweeps,
+            "dataset": dataset, **sizes, "label": f"{name}, {dataset}", "sweeps": sweeps,
             "settle_steps": settle_steps, **nudge, "batch": len(data.x_test), "seed": seed,
             "device": device,
         }  # fmt: skip

@@ -49,12 +49,12 @@ def train(
         typer.Option(help="Largest spectral norm of every weight but the first and the last."),
     ] = None,
     clip: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--clip",
             help="Cut off singular values beyond --spectral, instead of scaling the whole weight.",
         ),
-    ] = False,
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the data.", show_default="by data set")
     ] = None,
@@ -103,9 +103,9 @@ def train(
         rule = _given(dataset, lr=lr, momentum=momentum, weight_decay=weight_decay)
         common: dict[str, Any] = {"cost": cost}
         if spectral is not None:
-            common["constraint"] = mep.SpectralNorm(spectral, ends=False, clip=clip)
-        elif clip:
-            raise ValueError("--clip has no effect without --spectral.")
+            common["constraint"] = mep.SpectralNorm(spectral, ends=False, clip=bool(clip))
+        else:
+            choices.refuse({"clip": clip}, "no --spectral")
         course = {**_given(dataset, epochs=epochs, batch_size=batch_size), "schedule": schedule}
         course |= {"shift": shift, "flip": flip}
         run = contest.Contest(
@@ -122,7 +122,7 @@ def train(
                 "compare": compare,
                 **(way.config if way else {}),
                 **({"memory_budget": memory_budget} if memory_budget else {}),
-                **({"spectral": spectral, "clip": clip} if spectral is not None else {}),
+                **({"spectral": spectral, "clip": bool(clip)} if spectral is not None else {}),
                 **rule,
                 "depth_scale": "depth" in sizes,  # lr / depth for the hidden layers, in both arms
                 **course,

@@ -34,12 +34,15 @@ class SpectralNorm(Constraint):
 
     Scaling is cheap and keeps every direction in proportion, but wherever one of them grows at
     every step it drags all others down with it, as weight decay would. Clipping,
-    ``W <- U min(S, b) V^T``, is the smallest change that restores the bound and leaves them alone;
-    it takes the estimate's own vectors and, where they do not do, an eigendecomposition.
+    ``W <- U min(S, b) V^T``, leaves them alone: it is the projection onto the ball of the spectral
+    norm, the nearest weight in the Frobenius norm. Values up to 1.005 b may stay. A few directions
+    are clipped by the estimate's own vectors; many take a decomposition of the Gram matrix in
+    float64 at every step, 0.4 ms for 64 rows and 80 for 512 on one core.
 
     The largest singular value is estimated from below by block power iteration from the vectors of
     the last step. For matrices a Cholesky factor of ``(1.005 sigma)^2 I - W W^T`` then proves that
-    nothing was missed, and the exact value is taken where it does not exist: neither a small gap
+    nothing was missed (of the clipped ``W``, with ``b`` for ``sigma``), and the exact value is
+    taken where it does not exist: neither a small gap
     nor a jump in an unknown direction breaks the bound. Matrices of one shape are one batch;
     kernels count as ``(out, in * height * width)``. Embeddings and vectors are left alone, and so
     are weights that have not just been updated.
@@ -55,8 +58,8 @@ class SpectralNorm(Constraint):
         size: (height, width) of the images that kernels act on, for ``conv="operator"`` only.
         ends: False leaves the first and the last weight of a model alone, such as those into and
             out of a recurrent one.
-        clip: whether only the singular values beyond the bound are cut down to it, for
-            ``conv="flattened"`` only.
+        clip: whether only the singular values beyond the bound are cut down to it; for
+            ``conv="flattened"``.
 
     Raises:
         TypeError, ValueError: if an option does not fit.
@@ -74,7 +77,7 @@ class SpectralNorm(Constraint):
             [0.0000, 1.0000]])
 
     Source: Miyato et al. 2018, sec. 2.1 and appendix A (power iteration); operator norms of
-    convolutions, and clipping: Sedghi et al. 2019.
+    convolutions: Sedghi et al. 2019; the projection: Lefkimmiatis et al. 2013, proposition 1.
     """
 
     bound: float | None = None
@@ -101,6 +104,11 @@ class SpectralNorm(Constraint):
                 "`SpectralNorm(size=...)` is needed with conv='operator' and only there, "
                 f"got size={self.size!r} with conv={self.conv!r}"
             )
+        for name in ("ends", "clip"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"`SpectralNorm({name}=...)` must be a bool, got {getattr(self, name)!r}"
+                )
         if self.clip and self.conv == "operator":
             raise ValueError(
                 "`SpectralNorm(clip=True)` needs conv='flattened': an operator norm can be scaled "
@@ -150,26 +158,26 @@ class SpectralNorm(Constraint):
         first, states = batch[0][0], [state for _, state in batch]
         weights = torch.stack([p for p, _ in batch]).to(_dtype(first))
         bounds = weights.new_tensor([self.bound or state[BOUND] for state in states])
+        parameters = [p for p, _ in batch]
         if self.clip:
-            held, vectors = _clipped(weights.flatten(2), bounds, states)
+            vectors = _clip(parameters, weights.flatten(2), bounds, states)
         else:
-            held, vectors = self._scaled(weights, bounds, states)
-        for (p, state), vector, weight in zip(batch, vectors.to(first.dtype), held, strict=True):
+            vectors = self._scale(parameters, weights, bounds, states)
+        for state, vector in zip(states, vectors.to(first.dtype), strict=True):
             state[VECTORS] = vector.clone()  # of its own, or each would be saved with the batch
-            if weight is not None:
-                p.copy_(weight.view_as(p))
 
-    def _scaled(
-        self, weights: Tensor, bounds: Tensor, states: list[dict[str, Any]]
-    ) -> tuple[list[Tensor | None], Tensor]:
-        """Returns the weights that were beyond their bounds, scaled, None for others; vectors."""
-        if self._is_operator(weights[0]):
+    def _scale(
+        self, parameters: list[Tensor], weights: Tensor, bounds: Tensor, states: list[dict]
+    ) -> Tensor:
+        """Scales parameters beyond their bounds; returns the vectors of a batch of copies."""
+        if self._is_operator(parameters[0]):
             norms, vectors = self._of_kernels(weights, states, CERTAIN)
         else:
             norms, vectors = _of_matrices(weights.flatten(2), bounds, states)
-        factors = (bounds / norms).tolist()
-        pairs = zip(weights, factors, strict=True)
-        return [w * factor if factor < 1 - ROUNDING else None for w, factor in pairs], vectors
+        for p, factor in zip(parameters, (bounds / norms).tolist(), strict=True):
+            if factor < 1 - ROUNDING:
+                p.mul_(factor)
+        return vectors
 
     def _is_operator(self, parameter: Tensor) -> bool:
         return self.conv == "operator" and parameter.dim() == 4
@@ -217,61 +225,91 @@ class SpectralNorm(Constraint):
 def _of_matrices(
     weights: Tensor, bounds: Tensor, states: list[dict[str, Any]]
 ) -> tuple[Tensor, Tensor]:
-    """Returns the norms of matrices ``(N, m, n)``, to 0.5 % if above the bound, and vectors."""
-    sizes = _sizes(weights, bounds)
-    weights = weights / sizes[:, None, None]
-    gram = _gram(weights)
+    """Returns the norms of matrices ``(N, m, n)``, to 0.5 % if above the bound, and vectors.
+
+    Overwrites the matrices.
+    """
+    units = _units(weights, bounds)
+    gram = _gram(weights.div_(units[:, None, None]))
     values, vectors = _ritz(gram, states)
     top = values[:, -1]
-    missed = ~_within(gram, SLACK**2 * top.maximum((bounds / sizes).square()))
+    missed = ~_within(gram, SLACK**2 * top.maximum((bounds / units).square()))
     if missed.any():
         values, found = torch.linalg.eigh(gram[missed])
         top[missed], vectors[missed] = values[:, -1], found[..., -vectors.shape[-1] :]
-    return top.sqrt() * sizes, vectors[..., -KEPT:]
+    return top.sqrt() * units, vectors[..., -KEPT:]
 
 
-def _clipped(
-    weights: Tensor, bounds: Tensor, states: list[dict[str, Any]]
-) -> tuple[list[Tensor | None], Tensor]:
-    """Returns matrices ``(N, m, n)`` that were beyond their bounds, clipped, None for others.
+def _clip(
+    parameters: list[Tensor], weights: Tensor, bounds: Tensor, states: list[dict[str, Any]]
+) -> Tensor:
+    """Clips parameters beyond their bounds; returns vectors ``(N, min(m, n), KEPT)`` of a batch.
 
-    And vectors. What estimates do not bring within the bound is clipped exactly, in float64.
+    Args:
+        parameters: ``N`` of them.
+        weights: copies of them as matrices ``(N, m, n)``, overwritten.
+        bounds: ``(N,)``.
+        states: of the parameters.
     """
-    sizes = _sizes(weights, bounds)
-    weights, bounds = weights / sizes[:, None, None], bounds / sizes
+    units = _units(weights, bounds)
+    weights, bounds = weights.div_(units[:, None, None]), bounds / units
     values, vectors = _ritz(_gram(weights), states)
     excess = _excess(values, bounds)
     held = _cut(weights, vectors, excess)
-    missed = ~_within(_gram(held), (SLACK * bounds).square())
+    missed = ~_within(_gram(held), (SLACK * bounds).square()) | _is_far(values, bounds)
     if missed.any():
-        exact = weights[missed].double()
-        values, found = torch.linalg.eigh(_gram(exact))
-        held[missed] = _cut(exact, found, _excess(values, bounds[missed].double())).to(held)
-        vectors[missed] = found[..., -vectors.shape[-1] :].to(vectors)
-    beyond = (excess.any(1) | missed).tolist()
-    held *= sizes[:, None, None]
-    return [w if was else None for w, was in zip(held, beyond, strict=True)], vectors[..., -KEPT:]
+        exact, found = _projected(weights[missed].double(), bounds[missed].double())
+        held[missed], vectors[missed] = exact.to(held), found[..., -vectors.shape[-1] :].to(held)
+    held *= units[:, None, None]
+    beyond = excess.any(1) | missed
+    for p, weight, moved in zip(parameters, held, beyond.tolist(), strict=True):
+        if moved:
+            p.copy_(weight.view_as(p))
+    return vectors[..., -KEPT:]
+
+
+def _projected(weights: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns ``U min(S, b) V^T`` of matrices in float64, and all vectors of their Gram matrices.
+
+    Those are decomposed, which takes a fraction of the time, where they are precise enough.
+    """
+    values, vectors = torch.linalg.eigh(_gram(weights))
+    held = _cut(weights, vectors, _excess(values, bounds))
+    far = _is_far(values, bounds)
+    if far.any():
+        u, s, v = torch.linalg.svd(weights[far], full_matrices=False)
+        held[far] = (u * s.minimum(bounds[far, None])[:, None, :]) @ v
+    return held, vectors
+
+
+def _is_far(squares: Tensor, bounds: Tensor) -> Tensor:
+    """True where singular values, squared, drown what is within the bound in their rounding."""
+    return squares[:, -1] * torch.finfo(squares.dtype).eps ** 0.5 > bounds.square()
 
 
 def _excess(squares: Tensor, bounds: Tensor) -> Tensor:
-    """Returns which share of singular values is beyond the bounds, from their squares."""
+    """Returns ``1 - b / s`` of singular values beyond the bounds, else 0, from their squares."""
     found = 1 - bounds[:, None] / squares.clamp_min(0).sqrt()
     return torch.where(found > ROUNDING, found, 0)
 
 
-def _cut(weights: Tensor, vectors: Tensor, shares: Tensor) -> Tensor:
-    """Returns matrices less these shares of some singular directions, those of the Gram matrix."""
-    shares = shares[:, None, :]
+def _cut(weights: Tensor, vectors: Tensor, excess: Tensor) -> Tensor:
+    """Returns matrices without what is beyond the bound along vectors of their Gram matrices."""
+    excess = excess[:, None, :]
     if _is_wide(weights):
-        return weights - (vectors * shares) @ (vectors.mT @ weights)
-    return weights - (weights @ vectors * shares) @ vectors.mT
+        return weights - (vectors * excess) @ (vectors.mT @ weights)
+    return weights - (weights @ vectors * excess) @ vectors.mT
 
 
-def _sizes(weights: Tensor, bounds: Tensor) -> Tensor:
-    """Returns the largest entry of each matrix, at least its bound: no square overflows then."""
+def _units(weights: Tensor, bounds: Tensor) -> Tensor:
+    """Returns the power of two below each one's largest entry, or bound: no square overflows then.
+
+    Of two, so that to divide by it is exact.
+    """
     entries = weights.flatten(1)
     # torch's own maximum norm takes ten times as long
-    return torch.maximum(entries.amax(1), -entries.amin(1)).maximum(bounds)
+    largest = torch.maximum(entries.amax(1), -entries.amin(1)).maximum(bounds)
+    return torch.exp2(torch.frexp(largest).exponent.to(largest) - 1)
 
 
 def _is_wide(weights: Tensor) -> bool:
@@ -284,7 +322,10 @@ def _gram(weights: Tensor) -> Tensor:
 
 
 def _ritz(gram: Tensor, states: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Returns Ritz values and vectors, ascending, from the vectors of the last step."""
+    """Returns Ritz values ``(N, k)``, ascending, and vectors ``(N, n, k)`` of ``(N, n, n)``.
+
+    From the vectors of the last step; ``k`` is at most ``KEPT (DEPTH + 1)``.
+    """
     if VECTORS in states[0]:
         start = torch.stack([state[VECTORS] for state in states]).to(gram)
     else:

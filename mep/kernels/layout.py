@@ -1,4 +1,4 @@
-"""How maps lie in memory: channels first, or channels last."""
+"""Memory formats of maps: contiguous (channels first), or channels last."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def rows_of(t: Tensor) -> Tensor | None:
 
 
 def laid_like(t: Tensor, s: Tensor) -> Tensor:
-    """Returns a tensor of the same shape that lies in memory as a state does."""
+    """Returns a tensor of a state's shape in its memory format: itself where it is.
+
+    Contiguous where the state is in neither format.
+
+    >>> s = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    >>> laid_like(torch.ones(2, 3, 4, 5), s).stride() == s.stride()
+    True
+    """
     last = is_channels_last(s)
     return t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
