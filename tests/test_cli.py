@@ -118,6 +118,13 @@ def test_every_option_of_train_has_an_effect(tmp_path, plain, unplotted, words, 
     assert losses(record) != losses(plain[0])
 
 
+def test_seeds_may_join_a_finished_run(tmp_path, plain, unplotted):
+    first, _ = trained(tmp_path)
+    both, _ = trained(tmp_path, "--seeds", "1,0")
+    assert both.rows[1:] == first.rows  # to the last digit of its times: it was not run again
+    assert losses(both)[1:] == losses(plain[0]) and both.summary["seeds"] == 2
+
+
 def test_a_memory_budget_changes_the_plan_and_not_the_result(tmp_path, unplotted):
     words = ("--model", "deep-mlp", "--depth", 8)
     within, _ = trained(tmp_path / "within", *words, "--memory-budget", "300kB")

@@ -98,9 +98,11 @@ def run(
         CheckpointError: if a checkpoint in ``out`` cannot be resumed from.
     """
     rows, diagnoses = [], []
+    # Which other seeds there are is no matter of one: more may join a finished run.
+    identity = {name: value for name, value in contest.config.items() if name != "seeds"}
     for seed in contest.seeds:
         arms = _arms(contest, seed)
-        saving = Checkpointing(checkpoint_path(out, seed), every, resume, contest.config)
+        saving = Checkpointing(checkpoint_path(out, seed), every, resume, identity)
         training = replace(contest.training, seed=seed)
         rows += fit(arms, contest.data, training, checkpointing=saving, observers=observe(seed))
         if contest.diagnose is not None:
