@@ -267,7 +267,7 @@ def hopfield_cnn(
         layers += [pooled(2)] if halves and pooled else []
         size = size // 2 if halves and pooled else (size + stride - 1) // stride
     layers += [nn.Flatten(), nn.Linear(channels[-1] * size * size, out_features)]
-    net = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    net = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return EquilibriumNet(net, potential=potential, readout=readout)
 
 
