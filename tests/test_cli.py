@@ -160,6 +160,13 @@ def test_an_output_that_is_read_out_is_no_state(tmp_path):
     assert min(outside.summary["cosine"], within.summary["cosine"]) > 0.99
 
 
+def test_plots_name_what_was_asked_for():
+    assert choices.described("cnn", {"hidden": 128}) == "cnn"
+    assert choices.described("deep-mlp", {"depth": 30}) == "deep-mlp, 30 layers"
+    assert choices.described("hopfield-mlp", {"readout": False}) == "hopfield-mlp"
+    assert choices.described("hopfield-mlp", {"readout": True}) == "hopfield-mlp, read out"
+
+
 @pytest.mark.parametrize("model", ["mlp", "cnn", "cnn3", "resnet13"])
 def test_every_hopfield_model_can_be_read_out(model):
     data = mep.data.load("digits")

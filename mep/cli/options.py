@@ -29,7 +29,7 @@ Depth = Annotated[
 Readout = Annotated[
     bool | None,
     typer.Option("--readout", help="Read the output out of the last activity of a Hopfield model "
-                 "instead of settling it with the rest (the cost stays mse unless --cost)."),
+                 "instead of settling it with the rest (pulled by squared error all the same)."),
 ]  # fmt: skip
 Settler = Annotated[
     str | None,

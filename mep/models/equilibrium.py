@@ -222,7 +222,7 @@ def hopfield_cnn(
     """Returns a convolutional layered Hopfield net: convolutions, one output layer.
 
     Its weights, and so its maps, are channels last, in which torch's convolutions on a CPU take
-    less time: three 3x3 layers settle in a sixth less, two of 5x5 in the same.
+    less time where maps are large (measured in ``docs/log.md``).
 
     Args:
         in_channels: channels of the image.
