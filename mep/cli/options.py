@@ -29,7 +29,7 @@ Depth = Annotated[
 Readout = Annotated[
     bool | None,
     typer.Option("--readout", help="Read the output out of the last activity of a Hopfield model "
-                 "instead of settling it with the rest (pulled by squared error all the same)."),
+                 "instead of settling it with the rest (the usual cost stays mse)."),
 ]  # fmt: skip
 Settler = Annotated[
     str | None,
