@@ -82,6 +82,7 @@ def test_the_defaults_reach_97_percent_on_digits(tmp_path):
         (("--model", "hopfield-mlp"), {"cost": "mse", "settler": "fixed-point", "sweeps": 50}),
         (("--model", "hopfield-cnn"), {"cost": "mse", "pool": "stride"}),
         (("--model", "hopfield-cnn3"), {"kernel": 3, "full_size": True}),
+        (("--model", "hopfield-cnn3-strided"), {"kernel": [5, 5, 3], "full_size": False}),
         (("--model", "hopfield-resnet13"), {"cost": "mse", "width": 16}),
         (("--model", "looped"), {"cost": "cross_entropy", "settler": "fixed-point"}),
         (("--cost", "mse"), {"cost": "mse"}),
@@ -467,7 +468,7 @@ def test_the_name_tables_are_complete():
     assert tuple(DEFAULTS) == mep.data.names()
     assert set(MODELS) == {
         "mlp", "cnn", "deep-mlp", "hopfield-mlp", "hopfield-cnn", "hopfield-cnn3",
-        "hopfield-resnet13", "looped",
+        "hopfield-cnn3-strided", "hopfield-resnet13", "looped",
     }  # fmt: skip
     assert set(SETTLERS) == {"sweep", "descent", "anderson", "limit", "fixed-point"}
     assert set(STENCILS) == {"one-sided", "centered", "five-point", "random-sign"}

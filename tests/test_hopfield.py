@@ -663,8 +663,9 @@ def test_plain_nets_and_unbounded_units_are_refused():
         EquilibriumNet(plain, backward="sideways")
     with pytest.raises(ValueError, match="`pool` must be"):
         hopfield_cnn(pool="sum")
-    with pytest.raises(ValueError, match="`kernel` must be odd"):
-        hopfield_cnn(kernel=4)
+    for kernel in (4, (5, 4), (5,)):
+        with pytest.raises(ValueError, match="`kernel` must be odd"):
+            hopfield_cnn(kernel=kernel)
     with pytest.raises(ValueError, match="`channels` must name"):
         hopfield_cnn(channels=(), full_size=True)
     with pytest.raises(ValueError, match="sizes must be"):
@@ -684,6 +685,9 @@ def test_maps_are_halved_by_stride_or_by_pooling():
     assert maps("stride", (2, 3, 4), **large) == [(2, 9, 9), (3, 5, 5), (4, 3, 3), (10,)]
     assert maps("average", (2, 3, 4), **large) == [(2, 9, 9), (3, 9, 9), (4, 4, 4), (10,)]
     assert hopfield_cnn(1, 9, kernel=3).net[2].weight.shape == (64, 32, 3, 3)
+    each = hopfield_cnn(1, 9, 10, (2, 3), kernel=(5, 3))
+    assert [each.net[i].weight.shape[-1] for i in (0, 2)] == [5, 3]
+    assert each(x).shape == (2, 10)
     assert hopfield_cnn(1, 1, 10, (2, 3))(x[..., :1, :1]).shape == (2, 10)
 
 

@@ -66,7 +66,7 @@ def _hopfield_mlp(data: Dataset, hidden: tuple[int, ...], readout: bool) -> nn.M
 def _hopfield_cnn(
     data: Dataset,
     channels: tuple[int, ...],
-    kernel: int,
+    kernel: int | tuple[int, ...],
     full_size: bool,
     pool: Literal["stride", "average", "max"],
     readout: bool,
@@ -89,22 +89,23 @@ _WITHIN = {"readout": False}
 _CONVOLUTIONS = {
     "channels": (32, 64), "kernel": 5, "full_size": False, "pool": "stride", **_WITHIN
 }  # fmt: skip
+_DEEPER = {**_CONVOLUTIONS, "channels": (32, 64, 128)}
 MODELS = {
     "mlp": (_mlp, {}),
     "cnn": (_cnn, {"channels": (32, 64), "hidden": 128}),
     "deep-mlp": (_deep_mlp, {"depth": 10, "width": 128}),
     "hopfield-mlp": (_hopfield_mlp, _WITHIN),
     "hopfield-cnn": (_hopfield_cnn, _CONVOLUTIONS),
-    "hopfield-cnn3": (
-        _hopfield_cnn,
-        {**_CONVOLUTIONS, "channels": (32, 64, 128), "kernel": 3, "full_size": True},
-    ),
+    "hopfield-cnn3": (_hopfield_cnn, {**_DEEPER, "kernel": 3, "full_size": True}),
+    "hopfield-cnn3-strided": (_hopfield_cnn, {**_DEEPER, "kernel": (5, 5, 3)}),
     "hopfield-resnet13": (_hopfield_resnet13, {"width": 16, **_WITHIN}),
     "looped": (_looped, {"width": 512}),
 }
 """Model -> what makes it for a data set, and its sizes; an mlp's come with the data set."""
 
-SQUARED = ("hopfield-mlp", "hopfield-cnn", "hopfield-cnn3", "hopfield-resnet13")
+SQUARED = (
+    "hopfield-mlp", "hopfield-cnn", "hopfield-cnn3", "hopfield-cnn3-strided", "hopfield-resnet13"
+)  # fmt: skip
 """Models whose output a squared error pulls: a state of the equilibrium, or read out of it."""
 
 SYMMETRIC = (*SQUARED, "looped")

@@ -213,7 +213,7 @@ def hopfield_cnn(
     out_features: int = 10,
     channels: Sequence[int] = (32, 64),
     *,
-    kernel: int = 5,
+    kernel: int | Sequence[int] = 5,
     full_size: bool = False,
     pool: Literal["stride", "average", "max"] = "stride",
     potential: str | None = None,
@@ -229,7 +229,7 @@ def hopfield_cnn(
         size: height and width.
         out_features: number of outputs.
         channels: of every convolution.
-        kernel: height and width of their kernels, odd.
+        kernel: height and width of their kernels, odd: of all, or of every convolution.
         full_size: whether the first maps are as large as the image, and not halved yet.
         pool: how maps are halved on their way up: by convolving at every second place only, or by
             pooling 2x2 activities, which takes four times as many units and products.
@@ -237,8 +237,8 @@ def hopfield_cnn(
         readout: see ``EquilibriumNet``.
 
     Raises:
-        ValueError: if a size is not positive, ``channels`` empty, ``kernel`` even, or ``pool``
-            unknown.
+        ValueError: if a size is not positive, ``channels`` empty, a kernel even, kernels more or
+            fewer than channels, or ``pool`` unknown.
 
     >>> hopfield_cnn(1, 8, 10, (4, 8))(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
@@ -248,10 +248,13 @@ def hopfield_cnn(
     pooling = {"stride": None, "average": nn.AvgPool2d, "max": nn.MaxPool2d}
     if pool not in pooling:
         raise ValueError(f"`pool` must be one of {tuple(pooling)}, got {pool!r}")
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"`kernel` must be odd and >= 1, got {kernel}")
     if not channels:
         raise ValueError("`channels` must name at least one convolution")
+    kernels = [kernel] * len(channels) if isinstance(kernel, int) else list(kernel)
+    if len(kernels) != len(channels) or any(k < 1 or k % 2 == 0 for k in kernels):
+        raise ValueError(
+            f"`kernel` must be odd and >= 1, one for all or each of {len(channels)}, got {kernel}"
+        )
     pooled = pooling[pool]
     halvings = len(channels) - full_size
     if min(in_channels, size >> halvings if pooled else size, out_features, *channels) < 1:
@@ -260,10 +263,10 @@ def hopfield_cnn(
             f"{[in_channels, size, out_features, *channels]}"
         )
     layers: list[nn.Module] = []
-    for n_in, n_out in pairwise([in_channels, *channels]):
+    for n_in, n_out, k in zip([in_channels, *channels], channels, kernels, strict=False):
         halves = bool(layers) or not full_size
         stride = 2 if halves and not pooled else 1
-        layers += [nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2), nn.Hardtanh(0, 1)]
+        layers += [nn.Conv2d(n_in, n_out, k, stride, k // 2), nn.Hardtanh(0, 1)]
         layers += [pooled(2)] if halves and pooled else []
         size = size // 2 if halves and pooled else (size + stride - 1) // stride
     layers += [nn.Flatten(), nn.Linear(channels[-1] * size * size, out_features)]
