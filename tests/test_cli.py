@@ -83,6 +83,7 @@ def test_the_defaults_reach_97_percent_on_digits(tmp_path):
         (("--model", "hopfield-cnn"), {"cost": "mse", "pool": "stride"}),
         (("--model", "hopfield-cnn3"), {"kernel": 3, "full_size": True}),
         (("--model", "hopfield-cnn3-strided"), {"kernel": [5, 5, 3], "full_size": False}),
+        (("--model", "hopfield-cnn", "--readout", "--coupling", 0.4), {"coupling": 0.4}),
         (("--model", "hopfield-resnet13"), {"cost": "mse", "width": 16}),
         (("--model", "looped"), {"cost": "cross_entropy", "settler": "fixed-point"}),
         (("--cost", "mse"), {"cost": "mse"}),

@@ -26,6 +26,7 @@ from mep.energies import (
 from mep.models import (
     EquilibriumNet,
     LoopedMLP,
+    Scale,
     hopfield_cnn,
     hopfield_mlp,
     hopfield_resnet13,
@@ -75,6 +76,7 @@ NETS = {
         lambda: conv(nn.AvgPool2d(2, 1), potential="conjugate"),
         "mse",
     ),
+    "conv, a factor": (lambda: conv(Scale(-1.3), potential="conjugate"), "mse"),
     "residual": (
         lambda: EquilibriumNet(
             nn.Sequential(
@@ -666,6 +668,11 @@ def test_plain_nets_and_unbounded_units_are_refused():
     for kernel in (4, (5, 4), (5,)):
         with pytest.raises(ValueError, match="`kernel` must be odd"):
             hopfield_cnn(kernel=kernel)
+    for how in ({"coupling": 0.5}, {"coupling": 0.0, "readout": True}):
+        with pytest.raises(ValueError, match="`coupling` must be positive"):
+            hopfield_cnn(**how)
+    with pytest.raises(ValueError, match="`factor` must be finite"):
+        Scale(math.inf)
     with pytest.raises(ValueError, match="`channels` must name"):
         hopfield_cnn(channels=(), full_size=True)
     with pytest.raises(ValueError, match="sizes must be"):
@@ -689,6 +696,30 @@ def test_maps_are_halved_by_stride_or_by_pooling():
     assert [each.net[i].weight.shape[-1] for i in (0, 2)] == [5, 3]
     assert each(x).shape == (2, 10)
     assert hopfield_cnn(1, 1, 10, (2, 3))(x[..., :1, :1]).shape == (2, 10)
+
+
+def test_coupling_weakens_feedback_and_not_the_signal():
+    """In states ``s_k c^(1 - k)`` it is a net whose feedback alone is weaker, by ``c^2``."""
+    torch.manual_seed(0)
+    strength, x = 0.4, torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    net = hopfield_cnn(1, 8, 10, (4, 5, 6), kernel=3, coupling=strength, readout=True).double()
+    assert [f"{m.factor:.2f}" for m in net.net if isinstance(m, Scale)] == ["0.40", "0.40", "6.25"]
+    first, second, third, last = (net.net[i] for i in (0, 3, 6, 10))
+    for conv in (first, second, third):
+        conv.bias.data.zero_()
+
+    def back(layer, s, size):
+        kept = {"stride": 2, "padding": 1, "output_padding": 1 - size % 2}
+        return torch.conv_transpose2d(s, layer.weight, **kept)
+
+    s, t, u = first(x).clamp(0, 1), 0.0, 0.0
+    t = second(s).clamp(0, 1 / strength)
+    for _ in range(200):
+        u = third(t).clamp(0, 1 / strength**2)
+        t = (second(s) + strength**2 * back(third, u, 2)).clamp(0, 1 / strength)
+        s = (first(x) + strength**2 * back(second, t, 4)).clamp(0, 1)
+    net.settler = DEEP
+    torch.testing.assert_close(net(x), last(u.flatten(1)), rtol=1e-10, atol=1e-10)
 
 
 def test_smooth_units_of_the_square_potential_have_no_rest():
@@ -827,7 +858,7 @@ def test_units_take_the_potential_that_has_a_rest():
 
 @pytest.mark.parametrize("between", [nn.ReLU(), nn.Tanh(), nn.Dropout(0.5)])
 def test_what_cannot_carry_activities_back_is_refused(between):
-    with pytest.raises(mep.TraceError, match="only be pooling and reshaping"):
+    with pytest.raises(mep.TraceError, match="only be pooling, reshaping and a factor"):
         EquilibriumNet(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), between, nn.Linear(3, 2)))
 
 

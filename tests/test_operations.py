@@ -10,7 +10,7 @@ from torch import nn
 
 import mep
 from mep.blocks.activations import of_module
-from mep.blocks.operations import operation_of
+from mep.blocks.operations import Scale, operation_of
 
 # A difference costs about ten roundings of size eps |d| times a slope or curvature below 7 here.
 ROUNDINGS = 70
@@ -112,6 +112,7 @@ def test_subclass_of_an_activation_has_no_closed_form():
 
 
 OPERATIONS = {
+    "factor": (Scale(-0.3), (2, 3, 4)),
     "flatten": (nn.Flatten(), (2, 3, 4)),
     "flatten some": (nn.Flatten(2), (2, 3, 4)),
     "unflatten": (nn.Unflatten(1, (2, 3)), (6,)),

@@ -6,7 +6,7 @@ from mep.blocks.chain import Chain, TraceError, trace
 from mep.blocks.closed import ClosedBlock, Point
 from mep.blocks.dense import DenseBlock
 from mep.blocks.layers import Linear
-from mep.blocks.operations import Reshape
+from mep.blocks.operations import Reshape, Scale
 from mep.blocks.randomness import random_state, replayed
 from mep.blocks.run import Feedback, product
 from mep.blocks.skip import SkipBlock
@@ -21,6 +21,7 @@ __all__ = [
     "Linear",
     "Point",
     "Reshape",
+    "Scale",
     "SkipBlock",
     "TraceError",
     "give",

@@ -7,13 +7,15 @@ the batch size, which every piece can read from its own input.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+
+from mep.blocks.operations import Scale
 
 __all__ = ["Run", "as_module", "faults", "module_of", "runs_of", "works_in_place"]
 
@@ -104,7 +106,7 @@ def _is_shape(node: Any) -> bool:
 def _is_batch_size(node: fx.Node) -> bool:
     if node.target == "size":
         return node.args[1:] == (0,)
-    return node.target is getitem and node.args[1:] == (0,) and _is_shape(node.args[0])
+    return node.target is operator.getitem and node.args[1:] == (0,) and _is_shape(node.args[0])
 
 
 def _scalars(graph: fx.Graph) -> set[fx.Node]:
@@ -122,7 +124,9 @@ def _scalars(graph: fx.Graph) -> set[fx.Node]:
 def _is_tuple(node: fx.Node) -> bool:
     """A module with several outputs: all it is good for is being indexed."""
     users = list(node.users)
-    return bool(users) and all(u.target is getitem and isinstance(u.args[1], int) for u in users)
+    return bool(users) and all(
+        u.target is operator.getitem and isinstance(u.args[1], int) for u in users
+    )
 
 
 def as_module(root: nn.Module, run: Run) -> nn.Module:
@@ -172,6 +176,7 @@ _ACTIVATIONS: dict[Any, type[nn.Module]] = {
     F.relu6: nn.ReLU6,
     F.gelu: nn.GELU,
 }
+_PRODUCTS = (operator.mul, torch.mul, "mul")
 _POOLS = {F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d, torch.max_pool2d: nn.MaxPool2d}
 
 
@@ -189,6 +194,9 @@ def module_of(root: nn.Module, run: Run) -> nn.Module | None:
     reshapes = node.target in (torch.reshape, "view", "reshape")
     if reshapes and len(rest) == 2 and rest[1] == -1:
         return nn.Flatten() if isinstance(rest[0], fx.Node) and _is_batch_size(rest[0]) else None
+    numbers = [r for r in rest if isinstance(r, (int, float))]
+    if node.target in _PRODUCTS and not options and len(rest) == len(numbers) == 1:
+        return Scale(*numbers)
     if node.target in _POOLS and all(isinstance(r, int) for r in rest):
         return _made(_POOLS[node.target], rest, options)
     kind = _ACTIVATIONS.get(node.target)

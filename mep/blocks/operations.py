@@ -6,6 +6,7 @@ returns a memo (pooling indices, a dropout mask) that the other two methods need
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -16,7 +17,17 @@ from torch.nn import functional as F
 from mep.blocks.activations import Activation, of_module
 from mep.kernels import is_channels_last, laid_like
 
-__all__ = ["Dropout", "MaxPool2d", "Operation", "Pointwise", "Reshape", "operation_of"]
+__all__ = [
+    "AvgPool2d",
+    "Dropout",
+    "MaxPool2d",
+    "Operation",
+    "Pointwise",
+    "Reshape",
+    "Scale",
+    "Scaling",
+    "operation_of",
+]
 
 Memo = Tensor | None
 
@@ -85,6 +96,54 @@ class Reshape(Operation):
         self, x: Tensor, y: Tensor, memo: Memo, d: Tensor, x_new: Tensor
     ) -> tuple[Tensor, Tensor, Memo]:
         return self.module(d), self.module(x_new), None
+
+
+class Scale(nn.Module):
+    """``y = factor x``: a fixed strength of what is sent on and, in a symmetric net, back.
+
+    Args:
+        factor: any finite number.
+
+    Raises:
+        ValueError: if ``factor`` is not finite.
+
+    >>> Scale(0.5)(torch.ones(2))
+    tensor([0.5000, 0.5000])
+    """
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        if not math.isfinite(factor):
+            raise ValueError(f"`factor` must be finite, got {factor}")
+        self.factor = float(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``factor x``."""
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        """Returns the factor."""
+        return f"{self.factor:g}"
+
+
+class Scaling(Operation):
+    """Multiplication by a number, a linear map."""
+
+    reads_input = False
+
+    def __init__(self, module: Scale) -> None:
+        self.factor = module.factor
+
+    def apply(self, x: Tensor) -> tuple[Tensor, Memo]:
+        return x * self.factor, None
+
+    def pull(self, x: Tensor, y: Tensor, memo: Memo, g: Tensor) -> Tensor:
+        return g * self.factor
+
+    def move(
+        self, x: Tensor, y: Tensor, memo: Memo, d: Tensor, x_new: Tensor
+    ) -> tuple[Tensor, Tensor, Memo]:
+        return d * self.factor, x_new * self.factor, None
 
 
 class AvgPool2d(Operation):
@@ -185,6 +244,8 @@ def operation_of(module: nn.Module) -> Operation | None:
         return Reshape(module)
     if type(module) is nn.Unflatten and isinstance(module.dim, int) and module.dim >= 1:
         return Reshape(module)
+    if type(module) is Scale:
+        return Scaling(module)
     if type(module) is nn.Dropout:
         return Dropout(module)
     if type(module) is nn.AvgPool2d:

@@ -101,13 +101,13 @@ def load(name: str, data_dir: Path | None, max_samples: int | None) -> Dataset:
 
 
 def network(
-    name: str, data: Dataset, depth: int | None, readout: bool | None
+    name: str, data: Dataset, depth: int | None, readout: bool | None, coupling: float | None
 ) -> tuple[Maker, dict[str, Any]]:
     """What makes a freshly initialised network for a data set, and its settings."""
     make, sizes = MODELS[pick("--model", name, MODELS)]
     if name in ("mlp", "hopfield-mlp"):
         sizes = {**sizes, "hidden": DEFAULTS[data.name].hidden}
-    given = {"depth": depth, "readout": readout}
+    given = {"depth": depth, "readout": readout, "coupling": coupling}
     refuse({k: v for k, v in given.items() if k not in sizes}, f"--model {name}")
     sizes = sizes | {k: v for k, v in given.items() if v is not None}
     return partial(make, data, **sizes), {"model": name, **sizes}

@@ -24,6 +24,7 @@ def diagnose(
     model: options.Model = "mlp",
     depth: options.Depth = None,
     readout: options.Readout = None,
+    coupling: options.Coupling = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A checkpoint of mep train with the same model.")
     ] = None,
@@ -49,7 +50,7 @@ def diagnose(
     with choices.usage():
         choices.prepare(out, device)
         data = choices.load(dataset, data_dir, batch)
-        make_model, sizes = choices.network(model, data, depth, readout)
+        make_model, sizes = choices.network(model, data, depth, readout, coupling)
         cost = choices.cost(cost, model)
         way = choices.estimator(model, settler, sweeps, settle_steps, tol, omega, stencil, beta, c)
         torch.manual_seed(seed)

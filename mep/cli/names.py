@@ -69,11 +69,14 @@ def _hopfield_cnn(
     kernel: int | tuple[int, ...],
     full_size: bool,
     pool: Literal["stride", "average", "max"],
+    coupling: float,
     readout: bool,
 ) -> nn.Module:
     _, colours, size, _ = data.x_train.shape
-    how = {"kernel": kernel, "full_size": full_size, "pool": pool, "readout": readout}
-    return mep.models.hopfield_cnn(colours, size, data.classes, channels, **how)
+    return mep.models.hopfield_cnn(
+        colours, size, data.classes, channels,
+        kernel=kernel, full_size=full_size, pool=pool, coupling=coupling, readout=readout,
+    )  # fmt: skip
 
 
 def _hopfield_resnet13(data: Dataset, width: int, readout: bool) -> nn.Module:
@@ -87,7 +90,8 @@ def _looped(data: Dataset, width: int) -> nn.Module:
 
 _WITHIN = {"readout": False}
 _CONVOLUTIONS = {
-    "channels": (32, 64), "kernel": 5, "full_size": False, "pool": "stride", **_WITHIN
+    "channels": (32, 64), "kernel": 5, "full_size": False, "pool": "stride", "coupling": 1.0,
+    **_WITHIN,
 }  # fmt: skip
 _DEEPER = {**_CONVOLUTIONS, "channels": (32, 64, 128)}
 MODELS = {

@@ -10,8 +10,9 @@ import typer
 from mep.cli.names import COSTS, DEFAULTS, MODELS, SETTLERS, STENCILS
 
 __all__ = [
-    "Batch", "Beta", "C", "Cost", "DataDir", "DatasetName", "Depth", "Device", "MaxSamples",
-    "Model", "Omega", "Out", "Readout", "SettleSteps", "Settler", "Stencil", "Sweeps", "Tol",
+    "Batch", "Beta", "C", "Cost", "Coupling", "DataDir", "DatasetName", "Depth", "Device",
+    "MaxSamples", "Model", "Omega", "Out", "Readout", "SettleSteps", "Settler", "Stencil", "Sweeps",
+    "Tol",
 ]  # fmt: skip
 
 
@@ -30,6 +31,11 @@ Readout = Annotated[
     bool | None,
     typer.Option("--readout", help="Read the output out of the last activity of a Hopfield model "
                  "instead of settling it with the rest (the usual cost stays mse)."),
+]  # fmt: skip
+Coupling = Annotated[
+    float | None,
+    typer.Option(help="Factor on the inner convolutions of a hopfield-cnn, for which --readout "
+                 "makes good: how strong feedback is.", show_default="1"),
 ]  # fmt: skip
 Settler = Annotated[
     str | None,

@@ -21,6 +21,7 @@ def profile(
     model: options.Model = "deep-mlp",
     depth: options.Depth = None,
     readout: options.Readout = None,
+    coupling: options.Coupling = None,
     steps: Annotated[int, typer.Option(min=1, help="Profiled steps.")] = 20,
     mode: Annotated[str, typer.Option(metavar="ep|backprop", help="What takes the steps.")] = "ep",
     batch: options.Batch = 128,
@@ -34,7 +35,7 @@ def profile(
         choices.prepare(out, device)
         choices.pick("--mode", mode, ("ep", "backprop"))
         data = choices.load(dataset, data_dir, batch)
-        make_model, sizes = choices.network(model, data, depth, readout)
+        make_model, sizes = choices.network(model, data, depth, readout, coupling)
         torch.manual_seed(seed)
         net = make_model().to(device)
         cost = choices.cost(None, model)

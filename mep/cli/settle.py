@@ -23,6 +23,7 @@ def settle(
     model: options.Model = "deep-mlp",
     depth: options.Depth = None,
     readout: options.Readout = None,
+    coupling: options.Coupling = None,
     sweeps: Annotated[int, typer.Option(min=1, help="Sweeps or rounds to take.")] = 8,
     settle_steps: Annotated[int, typer.Option(min=1, help="Gradient steps to take.")] = 60,
     beta: options.Beta = None,
@@ -37,7 +38,7 @@ def settle(
     with choices.usage():
         choices.prepare(out, device)
         data = choices.load(dataset, data_dir, batch)
-        make_model, sizes = choices.network(model, data, depth, readout)
+        make_model, sizes = choices.network(model, data, depth, readout, coupling)
         strength, nudge = choices.nudging(beta, c)
         torch.manual_seed(seed)
         net = make_model().to(device).eval()

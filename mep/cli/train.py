@@ -26,6 +26,7 @@ def train(
     model: options.Model = "mlp",
     depth: options.Depth = None,
     readout: options.Readout = None,
+    coupling: options.Coupling = None,
     optimizer: Annotated[str, typer.Option(metavar="ep|backprop", help="What trains.")] = "ep",
     compare: Annotated[
         str | None,
@@ -93,7 +94,7 @@ def train(
     with choices.usage():
         choices.prepare(out, device)
         data = choices.load(dataset, data_dir, max_samples)
-        make_model, sizes = choices.network(model, data, depth, readout)
+        make_model, sizes = choices.network(model, data, depth, readout, coupling)
         if optimizer == "backprop":
             choices.refuse({"memory_budget": memory_budget}, "--optimizer backprop")
         if memory_budget is not None and settler is None and sweeps is None:

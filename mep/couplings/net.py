@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mep.blocks import Chain, ClosedBlock, Point, TraceError, parameters_of
 from mep.blocks.layers import Linear as Matrix
 from mep.blocks.layers import layer_of
-from mep.blocks.operations import AvgPool2d, Dropout, MaxPool2d, Reshape, operation_of
+from mep.blocks.operations import AvgPool2d, Dropout, MaxPool2d, Reshape, Scaling, operation_of
 from mep.couplings.kinds import unit_of
 from mep.couplings.units import POTENTIALS, Linear, Relaxing, Unit
 from mep.curvature import Signal
@@ -21,18 +21,18 @@ __all__ = ["Coupled", "Couplings", "Interaction", "Wiring", "block_of", "couplin
 
 
 # What may stand between an activity and a layer.
-_KEPT = (AvgPool2d, MaxPool2d, Reshape)
+_KEPT = (AvgPool2d, MaxPool2d, Reshape, Scaling)
 
 
 @dataclass(frozen=True, eq=False)
 class Interaction:
-    """``-factor <rho(s_target), W g(rho(s_source)) + b>``, with ``g`` of pooling and reshaping.
+    """``-factor <rho(s_target), W g(rho(s_source)) + b>``, ``g`` the steps between.
 
     Args:
         source: number of the state below; 0 is the input.
         target: number of the state above, from 1. Its own source for a lateral interaction, whose
             factor is 1/2: of its weight only the symmetric part acts.
-        block: ``g`` and the weighted layer.
+        block: ``g``, of pooling, reshaping and fixed factors, and the weighted layer.
         factor: see above.
         feedback: what carries activities back in the weight's place, of its shape; None for its own
             transpose. With another there is no energy any more.
@@ -47,7 +47,7 @@ class Interaction:
     @property
     def linear(self) -> bool:
         """Whether what is pulled does not depend on the activity that it is pulled to."""
-        return all(isinstance(op, (AvgPool2d, Reshape)) for op in self.block.operations)
+        return all(isinstance(op, (AvgPool2d, Reshape, Scaling)) for op in self.block.operations)
 
     @property
     def is_matrix(self) -> bool:
@@ -281,7 +281,7 @@ def couplings_of(chain: Chain, *, potential: str | None = None, readout: bool = 
 
     Every weighted layer couples two states, and its transpose carries activities back. The
     activation that follows a layer is that of its units; pooling and reshaping between an activity
-    and the next layer belong to the interaction.
+    and the next layer belong to the interaction, and so does a fixed factor.
 
     Args:
         chain: of closed-form blocks: Linear and Conv2d, each but the first behind a bounded
@@ -320,7 +320,8 @@ def couplings_of(chain: Chain, *, potential: str | None = None, readout: bool = 
         if other and (number > 0 or any(isinstance(op, Dropout) for op in other)):
             reasons.append(
                 f"`{block.name}` ({block.describe()}): between an activity and a layer there may "
-                "only be pooling and reshaping, for what comes back has to take the same way"
+                "only be pooling, reshaping and a factor, for what comes back has to take the "
+                "same way"
             )
         if number == 0:
             blocks.append(block)

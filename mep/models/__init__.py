@@ -1,5 +1,6 @@
 """Reference architectures: feedforward chains, and nets whose output is an equilibrium."""
 
+from mep.blocks import Scale
 from mep.models.equilibrium import (
     EquilibriumNet,
     LoopedMLP,
@@ -13,6 +14,7 @@ __all__ = [
     "EquilibriumNet",
     "LoopedMLP",
     "Residual",
+    "Scale",
     "cnn",
     "deep_cnn",
     "deep_mlp",

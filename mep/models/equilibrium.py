@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import trace
+from mep.blocks import Scale, trace
 from mep.couplings import (
     CONJUGATE,
     Couplings,
@@ -216,6 +216,7 @@ def hopfield_cnn(
     kernel: int | Sequence[int] = 5,
     full_size: bool = False,
     pool: Literal["stride", "average", "max"] = "stride",
+    coupling: float = 1.0,
     potential: str | None = None,
     readout: bool = False,
 ) -> EquilibriumNet:
@@ -233,12 +234,17 @@ def hopfield_cnn(
         full_size: whether the first maps are as large as the image, and not halved yet.
         pool: how maps are halved on their way up: by convolving at every second place only, or by
             pooling 2x2 activities, which takes four times as many units and products.
+        coupling: factor on what every inner convolution sends up and, its transpose, back. Below 1
+            a net contracts with weights as large as a feedforward net's: activities shrink from
+            layer to layer, which the read-out makes good, and what comes back does so twice. Needs
+            ``readout``.
         potential: the units' own energy, see ``EquilibriumNet``.
         readout: see ``EquilibriumNet``.
 
     Raises:
         ValueError: if a size is not positive, ``channels`` empty, a kernel even, kernels more or
-            fewer than channels, or ``pool`` unknown.
+            fewer than channels, ``coupling`` not positive, or without ``readout`` not 1, or
+            ``pool`` unknown.
 
     >>> hopfield_cnn(1, 8, 10, (4, 8))(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
@@ -250,6 +256,11 @@ def hopfield_cnn(
         raise ValueError(f"`pool` must be one of {tuple(pooling)}, got {pool!r}")
     if not channels:
         raise ValueError("`channels` must name at least one convolution")
+    if not 0 < coupling < math.inf or (coupling != 1 and not readout):
+        raise ValueError(
+            "`coupling` must be positive and finite, and needs `readout`, for an output within "
+            f"the equilibrium cannot make good for it; got {coupling}"
+        )
     kernels = [kernel] * len(channels) if isinstance(kernel, int) else list(kernel)
     if len(kernels) != len(channels) or any(k < 1 or k % 2 == 0 for k in kernels):
         raise ValueError(
@@ -266,10 +277,13 @@ def hopfield_cnn(
     for n_in, n_out, k in zip([in_channels, *channels], channels, kernels, strict=False):
         halves = bool(layers) or not full_size
         stride = 2 if halves and not pooled else 1
+        layers += [Scale(coupling)] if layers and coupling != 1 else []
         layers += [nn.Conv2d(n_in, n_out, k, stride, k // 2), nn.Hardtanh(0, 1)]
         layers += [pooled(2)] if halves and pooled else []
         size = size // 2 if halves and pooled else (size + stride - 1) // stride
-    layers += [nn.Flatten(), nn.Linear(channels[-1] * size * size, out_features)]
+    layers += [nn.Flatten()]
+    layers += [Scale(coupling ** (1 - len(channels)))] if coupling != 1 else []
+    layers += [nn.Linear(channels[-1] * size * size, out_features)]
     net = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return EquilibriumNet(net, potential=potential, readout=readout)
 
