@@ -53,6 +53,12 @@ def test_functional_calls_get_closed_forms():
     assert {block.kind for block in mep.trace(FunctionalNet())} == {"closed form"}
 
 
+@pytest.mark.parametrize("factor", [lambda x: x * x, lambda x: x * float("inf")])
+def test_only_a_finite_number_is_a_factor(factor):
+    kinds = [block.kind for block in mep.trace(Called(factor))]
+    assert "closed form" not in kinds[1:]
+
+
 class Called(nn.Module):
     """Linear, one function, Linear."""
 
@@ -75,6 +81,9 @@ FUNCTIONS = {
     "silu": F.silu,
     "hardtanh": lambda x: F.hardtanh(x, -0.5, 0.5),
     "relu6": F.relu6,
+    "factor": lambda x: 0.3 * x,
+    "factor behind": lambda x: x * -2,
+    "factor by torch": lambda x: torch.mul(x, 0.3),
 }
 
 

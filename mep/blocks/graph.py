@@ -7,6 +7,7 @@ the batch size, which every piece can read from its own input.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -183,6 +184,8 @@ _POOLS = {F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d, torch.max_pool
 def module_of(root: nn.Module, run: Run) -> nn.Module | None:
     """The module form of a single node, so that its closed form applies."""
     node = run.nodes[0]
+    if node.target in _PRODUCTS and not node.kwargs:
+        return _factor(node.args, run.source)
     if not node.args or node.args[0] is not run.source:
         return None
     rest, options = node.args[1:], dict(node.kwargs)
@@ -194,13 +197,16 @@ def module_of(root: nn.Module, run: Run) -> nn.Module | None:
     reshapes = node.target in (torch.reshape, "view", "reshape")
     if reshapes and len(rest) == 2 and rest[1] == -1:
         return nn.Flatten() if isinstance(rest[0], fx.Node) and _is_batch_size(rest[0]) else None
-    numbers = [r for r in rest if isinstance(r, (int, float))]
-    if node.target in _PRODUCTS and not options and len(rest) == len(numbers) == 1:
-        return Scale(*numbers)
     if node.target in _POOLS and all(isinstance(r, int) for r in rest):
         return _made(_POOLS[node.target], rest, options)
     kind = _ACTIVATIONS.get(node.target)
     return _made(kind, (), options) if kind is not None and not rest else None
+
+
+def _factor(operands: tuple[Any, ...], source: fx.Node) -> nn.Module | None:
+    """The product of what flows in and a number, on either side."""
+    numbers = [a for a in operands if isinstance(a, (int, float)) and math.isfinite(a)]
+    return Scale(*numbers) if len(numbers) == 1 and source in operands else None
 
 
 def _made(kind: type[nn.Module], args: tuple, options: dict[str, Any]) -> nn.Module | None:
