@@ -167,6 +167,9 @@ def test_plots_name_what_was_asked_for():
     assert choices.described("deep-mlp", {"depth": 30}) == "deep-mlp, 30 layers"
     assert choices.described("hopfield-mlp", {"readout": False}) == "hopfield-mlp"
     assert choices.described("hopfield-mlp", {"readout": True}) == "hopfield-mlp, read out"
+    weak = {"readout": True, "coupling": 0.4}
+    assert choices.described("hopfield-cnn", weak) == "hopfield-cnn, coupling 0.4, read out"
+    assert choices.described("hopfield-cnn", {"coupling": 1.0}) == "hopfield-cnn"
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "cnn3", "resnet13"])

@@ -59,6 +59,19 @@ def test_only_a_finite_number_is_a_factor(factor):
     assert "closed form" not in kinds[1:]
 
 
+def test_whole_numbers_stay_whole():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(7, 3)
+
+        def forward(self, x):
+            return self.embed(x * 2)
+
+    model, x = Doubled(), torch.arange(4)
+    assert torch.equal(mep.free_states(model, x)[-1], model(x))
+
+
 class Called(nn.Module):
     """Linear, one function, Linear."""
 

@@ -115,7 +115,7 @@ class Scale(nn.Module):
         super().__init__()
         if not math.isfinite(factor):
             raise ValueError(f"`factor` must be finite, got {factor}")
-        self.factor = float(factor)
+        self.factor = factor  # as it is: a whole number keeps whole numbers whole
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``factor x``."""

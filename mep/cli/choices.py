@@ -116,7 +116,8 @@ def network(
 def described(model: str, sizes: Mapping[str, Any]) -> str:
     """A model in words, for a plot."""
     layers = f", {sizes['depth']} layers" if "depth" in sizes else ""
-    return model + layers + (", read out" if sizes.get("readout") else "")
+    coupling = f", coupling {sizes['coupling']:g}" if sizes.get("coupling", 1) != 1 else ""
+    return model + layers + coupling + (", read out" if sizes.get("readout") else "")
 
 
 @dataclass(frozen=True)

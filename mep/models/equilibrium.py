@@ -261,11 +261,7 @@ def hopfield_cnn(
             "`coupling` must be positive and finite, and needs `readout`, for an output within "
             f"the equilibrium cannot make good for it; got {coupling}"
         )
-    kernels = [kernel] * len(channels) if isinstance(kernel, int) else list(kernel)
-    if len(kernels) != len(channels) or any(k < 1 or k % 2 == 0 for k in kernels):
-        raise ValueError(
-            f"`kernel` must be odd and >= 1, one for all or each of {len(channels)}, got {kernel}"
-        )
+    kernels = _kernels(kernel, len(channels))
     pooled = pooling[pool]
     halvings = len(channels) - full_size
     if min(in_channels, size >> halvings if pooled else size, out_features, *channels) < 1:
@@ -286,6 +282,15 @@ def hopfield_cnn(
     layers += [nn.Linear(channels[-1] * size * size, out_features)]
     net = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return EquilibriumNet(net, potential=potential, readout=readout)
+
+
+def _kernels(kernel: int | Sequence[int], count: int) -> list[int]:
+    kernels = [kernel] * count if isinstance(kernel, int) else list(kernel)
+    if len(kernels) != count or any(k < 1 or k % 2 == 0 for k in kernels):
+        raise ValueError(
+            f"`kernel` must be odd and >= 1, one for all or each of {count}, got {kernel}"
+        )
+    return kernels
 
 
 def hopfield_resnet13(
