@@ -16,7 +16,7 @@ from mep.bench import settle as settle_bench
 from mep.bench import speed as speed_bench
 from mep.bench import train as train_bench
 from mep.bench.regime import LIMIT, describe, pool
-from mep.training import Observer, TrainingConfig
+from mep.training import Observer, TrainingConfig, annotate, load_checkpoint
 
 PNG = b"\x89PNG\r\n"
 
@@ -210,6 +210,28 @@ def test_the_arms_start_from_the_same_network(data):
     for one, two in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         assert torch.equal(one, two) and one is not two
     assert not torch.equal(ours.model[1].weight, other.model[1].weight)
+
+
+def test_a_trained_net_is_diagnosed_once(data, tmp_path):
+    asked = []
+
+    def diagnose(model, x, y):
+        assert not model.training
+        asked.append(1)
+        return mep.diagnose(model, x, y)
+
+    def run(**how):
+        given = contest(data, diagnose=diagnose, training=TrainingConfig(epochs=1, batch_size=32))
+        return train_bench.run(given, tmp_path, "mep train", **how)
+
+    first, again = run(), run()
+    assert len(asked) == 2 and again.summary == first.summary and again.rows == first.rows
+    path = train_bench.checkpoint_path(tmp_path, 0)
+    annotate(path, other=1)
+    assert load_checkpoint(path)["notes"].keys() == {"diagnosis", "other"}
+    afresh = run(resume=False)
+    assert len(asked) == 4 and afresh.summary["diagnoses"] == first.summary["diagnoses"]
+    assert load_checkpoint(path)["notes"].keys() == {"diagnosis"}
 
 
 def test_the_training_record(data, tmp_path):

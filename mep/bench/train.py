@@ -17,7 +17,15 @@ from mep.bench.record import Record
 from mep.bench.regime import describe, label, measure, pool
 from mep.bench.table import Table, number, percent
 from mep.bench.timing import spread
-from mep.training import Arm, Checkpointing, Observer, TrainingConfig, fit
+from mep.training import (
+    Arm,
+    Checkpointing,
+    Observer,
+    TrainingConfig,
+    annotate,
+    fit,
+    load_checkpoint,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,11 +114,24 @@ def run(
         training = replace(contest.training, seed=seed)
         rows += fit(arms, contest.data, training, checkpointing=saving, observers=observe(seed))
         if contest.diagnose is not None:
-            arms[0].model.eval()
-            found = contest.diagnose(arms[0].model, *_test_batch(contest))
-            diagnoses.append({"seed": seed, **measure(found)})
+            found = _diagnosis(contest.diagnose, arms[0].model, _test_batch(contest), saving.path)
+            diagnoses.append({"seed": seed, **found})
     summary = _summary(contest, rows) | pool(diagnoses) | {"diagnoses": diagnoses}
     return Record(command, dict(contest.config), rows, summary)
+
+
+def _diagnosis(
+    diagnose: Callable[..., Diagnosis],
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    checkpoint: str | Path,
+) -> dict[str, Any]:
+    """What is found on a trained net; its checkpoint keeps it, for it may take many minutes."""
+    notes = load_checkpoint(checkpoint).get("notes", {})
+    if "diagnosis" not in notes:
+        notes = {"diagnosis": measure(diagnose(model.eval(), *batch))}
+        annotate(checkpoint, **notes)
+    return notes["diagnosis"]
 
 
 def _arms(contest: Contest, seed: int) -> list[Arm]:

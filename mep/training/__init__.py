@@ -2,7 +2,7 @@
 
 from mep.training.arm import Arm
 from mep.training.atomic import atomic_write
-from mep.training.checkpoint import CheckpointError, Checkpointing, load_checkpoint
+from mep.training.checkpoint import CheckpointError, Checkpointing, annotate, load_checkpoint
 from mep.training.config import SCHEDULES, TrainingConfig
 from mep.training.evaluation import accuracy
 from mep.training.loop import batches, fit
@@ -18,6 +18,7 @@ __all__ = [
     "TensorBoard",
     "TrainingConfig",
     "accuracy",
+    "annotate",
     "atomic_write",
     "batches",
     "fit",

@@ -16,7 +16,15 @@ import torch
 from mep.training.arm import Lane
 from mep.training.atomic import atomic_write
 
-__all__ = ["CheckpointError", "Checkpointing", "Position", "load_checkpoint", "resume", "save"]
+__all__ = [
+    "CheckpointError",
+    "Checkpointing",
+    "Position",
+    "annotate",
+    "load_checkpoint",
+    "resume",
+    "save",
+]
 
 FORMAT = 1
 _KEYS = {"format", "identity", "epoch", "position", "rows", "arms"}
@@ -73,6 +81,21 @@ def save(path: str | Path, at: Position, lanes: Sequence[Lane], identity: Any) -
     atomic_write(path, lambda file: torch.save(payload, file))
 
 
+def annotate(path: str | Path, **notes: Any) -> None:
+    """Adds what was found on a finished run to its checkpoint; training on takes it out again.
+
+    Args:
+        path: a file written by `fit`.
+        notes: by name, as numbers, strings, lists and dicts of them.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or not a checkpoint of this format.
+    """
+    payload = load_checkpoint(path)
+    payload["notes"] = {**payload.get("notes", {}), **notes}
+    atomic_write(path, lambda file: torch.save(payload, file))
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read and verify a checkpoint, without unpickling any code.
 
@@ -81,7 +104,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Returns:
         The payload: ``identity``, ``epoch``, ``position``, ``rows`` and, per arm name, ``arms``
-        with ``model``, ``optimizer``, ``scheduler`` and ``random`` state.
+        with ``model``, ``optimizer``, ``scheduler`` and ``random`` state; ``notes``, if any.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or not a checkpoint of this format.
