@@ -172,12 +172,21 @@ def test_plots_name_what_was_asked_for():
     assert choices.described("hopfield-cnn", {"coupling": 1.0}) == "hopfield-cnn"
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "cnn3", "resnet13"])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "cnn3", "cnn3-strided", "resnet13"])
 def test_every_hopfield_model_can_be_read_out(model):
     data = mep.data.load("digits")
     for given, readout in ((None, False), (True, True)):
-        make, config = choices.network(f"hopfield-{model}", data, None, given)
+        make, config = choices.network(f"hopfield-{model}", data, None, given, None)
         assert make().readout is config["readout"] is readout
+
+
+def test_coupling_and_kernels_reach_the_net():
+    data = mep.data.load("digits")
+    make, config = choices.network("hopfield-cnn3-strided", data, None, True, 0.5)
+    net = make().net
+    factors = [layer.factor for layer in net if isinstance(layer, mep.models.Scale)]
+    assert factors == [0.5, 0.5, 4.0] and config["coupling"] == 0.5
+    assert [p.shape[-1] for p in net.parameters() if p.dim() == 4] == [5, 5, 3]
 
 
 def test_sweeps_bound_the_settling(tmp_path, unplotted):
@@ -410,6 +419,8 @@ def test_a_budget_that_is_too_small_is_a_message(tmp_path):
         (("train", "--depth", "5"), "--depth has no effect with --model mlp"),
         (("train", "--clip"), "--clip has no effect with no --spectral"),
         (("train", "--readout"), "--readout has no effect with --model mlp"),
+        (("train", "--coupling", "2"), "--coupling has no effect with --model mlp"),
+        (("train", "--model", "hopfield-cnn", "--coupling", "0.4"), "needs `readout`"),
         (("train", "--omega", "1.2"), "--omega has no effect with --settler sweep"),
         (("train", "--settle-steps", "5"), "--settle-steps has no effect with --settler sweep"),
         (("train", "--settler", "limit", "--c", "1"), "--c has no effect with --settler limit"),
@@ -466,6 +477,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, plain):
         "diagnose", "--model", "cnn", "--checkpoint", checkpoint, "--out", tmp_path / "out"
     )
     assert result.exit_code == 2 and "holds another model" in result.output
+
+
+def test_a_checkpoint_of_another_coupling_is_refused(tmp_path, unplotted):
+    words = ("--model", "hopfield-cnn", "--readout", "--coupling")
+    trained(tmp_path / "run", *words, 0.4)
+    checkpoint = ("diagnose", "--checkpoint", tmp_path / "run" / "checkpoint-seed0.pt")
+    result = invoke(*checkpoint, *words, 0.6, "--batch", 8, "--out", tmp_path / "other")
+    assert (
+        result.exit_code == 2 and "trained with coupling 0.4, and here it is 0.6" in result.output
+    )
+    result = invoke(*checkpoint, *words, 0.4, "--batch", 8, "--out", tmp_path / "same")
+    assert result.exit_code == 0
 
 
 def test_the_name_tables_are_complete():

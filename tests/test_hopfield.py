@@ -671,8 +671,12 @@ def test_plain_nets_and_unbounded_units_are_refused():
     for how in ({"coupling": 0.5}, {"coupling": 0.0, "readout": True}):
         with pytest.raises(ValueError, match="`coupling` must be positive"):
             hopfield_cnn(**how)
-    with pytest.raises(ValueError, match="`factor` must be finite"):
+    with pytest.raises(ValueError, match="`factor` must be a finite number"):
+        hopfield_cnn(channels=(2, 3, 4), coupling=1e-200, readout=True)
+    with pytest.raises(ValueError, match="`factor` must be a finite number"):
         Scale(math.inf)
+    with pytest.raises(ValueError, match="`factor` must be a finite number"):
+        Scale(torch.tensor(0.5))
     with pytest.raises(ValueError, match="`channels` must name"):
         hopfield_cnn(channels=(), full_size=True)
     with pytest.raises(ValueError, match="sizes must be"):
@@ -699,25 +703,27 @@ def test_maps_are_halved_by_stride_or_by_pooling():
 
 
 def test_coupling_weakens_feedback_and_not_the_signal():
-    """In states ``s_k c^(1 - k)`` it is a net whose feedback alone is weaker, by ``c^2``."""
+    """In states ``s_k c^(1 - k)``, bounded and biased so, it is a net of feedback ``c^2``."""
     torch.manual_seed(0)
     strength, x = 0.4, torch.rand(3, 1, 8, 8, dtype=torch.float64)
     net = hopfield_cnn(1, 8, 10, (4, 5, 6), kernel=3, coupling=strength, readout=True).double()
     assert [f"{m.factor:.2f}" for m in net.net if isinstance(m, Scale)] == ["0.40", "0.40", "6.25"]
     first, second, third, last = (net.net[i] for i in (0, 3, 6, 10))
-    for conv in (first, second, third):
-        conv.bias.data.zero_()
+
+    def up(layer, below, feedback, depth):
+        bias = layer.bias[:, None, None] * (strength**-depth - 1)
+        return (layer(below) + bias + feedback).clamp(0, strength**-depth)
 
     def back(layer, s, size):
         kept = {"stride": 2, "padding": 1, "output_padding": 1 - size % 2}
         return torch.conv_transpose2d(s, layer.weight, **kept)
 
-    s, t, u = first(x).clamp(0, 1), 0.0, 0.0
-    t = second(s).clamp(0, 1 / strength)
+    s = first(x).clamp(0, 1)
+    t = up(second, s, 0.0, 1)
     for _ in range(200):
-        u = third(t).clamp(0, 1 / strength**2)
-        t = (second(s) + strength**2 * back(third, u, 2)).clamp(0, 1 / strength)
-        s = (first(x) + strength**2 * back(second, t, 4)).clamp(0, 1)
+        u = up(third, t, 0.0, 2)
+        t = up(second, s, strength**2 * back(third, u, 2), 1)
+        s = up(first, x, strength**2 * back(second, t, 4), 0)
     net.settler = DEEP
     torch.testing.assert_close(net(x), last(u.flatten(1)), rtol=1e-10, atol=1e-10)
 

@@ -53,7 +53,44 @@ def test_functional_calls_get_closed_forms():
     assert {block.kind for block in mep.trace(FunctionalNet())} == {"closed form"}
 
 
-@pytest.mark.parametrize("factor", [lambda x: x * x, lambda x: x * float("inf")])
+class Called(nn.Module):
+    """Linear, one function, Linear."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.enter, self.leave, self.function = nn.Linear(3, 4), nn.Linear(4, 2), function
+
+    def forward(self, x):
+        return self.leave(self.function(self.enter(x)))
+
+
+class Power(nn.Module):
+    """Called like a product; takes a number, and stays whole for its data-dependent forward."""
+
+    def forward(self, x, exponent):
+        return x**exponent if x.sum() < 1e9 else x
+
+
+def test_a_module_called_like_a_product_is_none():
+    class Named(Called):
+        def __init__(self, mul):
+            super().__init__(None)
+            self.mul = mul
+
+        def forward(self, x):
+            hidden = self.enter(x)
+            return self.leave(self.mul(hidden, 2) if type(self.mul) is Power else self.mul(hidden))
+
+    x = torch.randn(5, 3)
+    for module in (Power(), nn.Linear(4, 4)):
+        model = Named(module)
+        assert torch.equal(mep.free_states(model, x)[-1], model(x))
+    assert [block.kind for block in mep.trace(model)] == ["closed form"] * 3
+
+
+@pytest.mark.parametrize(
+    "factor", [lambda x: x * x, lambda x: x * float("inf"), lambda x: x * 10**400]
+)
 def test_only_a_finite_number_is_a_factor(factor):
     kinds = [block.kind for block in mep.trace(Called(factor))]
     assert "closed form" not in kinds[1:]
@@ -70,17 +107,6 @@ def test_whole_numbers_stay_whole():
 
     model, x = Doubled(), torch.arange(4)
     assert torch.equal(mep.free_states(model, x)[-1], model(x))
-
-
-class Called(nn.Module):
-    """Linear, one function, Linear."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.enter, self.leave, self.function = nn.Linear(3, 4), nn.Linear(4, 2), function
-
-    def forward(self, x):
-        return self.leave(self.function(self.enter(x)))
 
 
 FUNCTIONS = {

@@ -57,6 +57,7 @@ class Contest:
         seeds: one complete run each, >= 1.
         config: every setting, for the record and for recognising a checkpoint.
         diagnose: ``(model, x, y) -> Diagnosis`` of a trained net; None if the subject is backprop.
+            Asked once: what it finds is kept with the run, as its rows are, until it trains on.
         device: where the networks train.
     """
 

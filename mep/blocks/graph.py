@@ -7,7 +7,6 @@ the batch size, which every piece can read from its own input.
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -184,7 +183,7 @@ _POOLS = {F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d, torch.max_pool
 def module_of(root: nn.Module, run: Run) -> nn.Module | None:
     """The module form of a single node, so that its closed form applies."""
     node = run.nodes[0]
-    if node.target in _PRODUCTS and not node.kwargs:
+    if node.op != "call_module" and node.target in _PRODUCTS and not node.kwargs:
         return _factor(node.args, run.source)
     if not node.args or node.args[0] is not run.source:
         return None
@@ -205,12 +204,14 @@ def module_of(root: nn.Module, run: Run) -> nn.Module | None:
 
 def _factor(operands: tuple[Any, ...], source: fx.Node) -> nn.Module | None:
     """The product of what flows in and a number, on either side."""
-    numbers = [a for a in operands if isinstance(a, (int, float)) and math.isfinite(a)]
-    return Scale(*numbers) if len(numbers) == 1 and source in operands else None
+    numbers = [a for a in operands if isinstance(a, (int, float))]
+    if len(numbers) != 1 or source not in operands:
+        return None
+    return _made(Scale, tuple(numbers), {})
 
 
 def _made(kind: type[nn.Module], args: tuple, options: dict[str, Any]) -> nn.Module | None:
     try:
         return kind(*args, **options)
-    except TypeError:  # an option that the module does not know: leave it to autograd
+    except (TypeError, ValueError):  # what the module does not take: leave it to autograd
         return None

@@ -6,7 +6,7 @@ returns a memo (pooling indices, a dropout mask) that the other two methods need
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -105,7 +105,7 @@ class Scale(nn.Module):
         factor: any finite number.
 
     Raises:
-        ValueError: if ``factor`` is not finite.
+        ValueError: if ``factor`` is no finite number.
 
     >>> Scale(0.5)(torch.ones(2))
     tensor([0.5000, 0.5000])
@@ -113,8 +113,8 @@ class Scale(nn.Module):
 
     def __init__(self, factor: float) -> None:
         super().__init__()
-        if not math.isfinite(factor):
-            raise ValueError(f"`factor` must be finite, got {factor}")
+        if not isinstance(factor, (int, float)) or not abs(factor) <= sys.float_info.max:
+            raise ValueError(f"`factor` must be a finite number, got {factor}")
         self.factor = factor  # as it is: a whole number keeps whole numbers whole
 
     def forward(self, x: Tensor) -> Tensor:

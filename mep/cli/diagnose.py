@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -56,7 +57,7 @@ def diagnose(
         torch.manual_seed(seed)
         net = make_model()
         if checkpoint is not None:
-            _take_weights(net, checkpoint)
+            _take_weights(net, sizes, checkpoint)
         net = net.to(device).eval()
         x, y = data.x_test.to(device), data.y_test.to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
@@ -69,9 +70,16 @@ def diagnose(
     choices.show(benchmark, record, out, "diagnosis.png")
 
 
-def _take_weights(model: nn.Module, path: Path) -> None:
+def _take_weights(model: nn.Module, sizes: Mapping[str, Any], path: Path) -> None:
     """The weights of a checkpoint's EP arm (its only one, if it has no other)."""
-    arms = load_checkpoint(path)["arms"]
+    checkpoint = load_checkpoint(path)
+    trained, arms = checkpoint["identity"].get("settings", {}), checkpoint["arms"]
+    for name in ("readout", "coupling"):  # which no parameter's shape tells
+        if trained.get(name, sizes.get(name)) != sizes.get(name):
+            raise ValueError(
+                f"The checkpoint {path} holds another model: it was trained with {name} "
+                f"{trained[name]}, and here it is {sizes.get(name)}"
+            )
     name = next((name for name in arms if name != BACKPROP), BACKPROP)
     try:
         model.load_state_dict(arms[name]["model"])

@@ -236,8 +236,9 @@ def hopfield_cnn(
             pooling 2x2 activities, which takes four times as many units and products.
         coupling: factor on what every inner convolution sends up and, its transpose, back. Below 1
             a net contracts with weights as large as a feedforward net's: activities shrink from
-            layer to layer, which the read-out makes good, and what comes back does so twice. Needs
-            ``readout``.
+            layer to layer, which a factor ``coupling^(1 - n)`` before the read-out makes good, and
+            what comes back does so twice. Biases and the units' bounds are not multiplied: beside
+            the smaller activities they weigh more. Needs ``readout``.
         potential: the units' own energy, see ``EquilibriumNet``.
         readout: see ``EquilibriumNet``.
 
@@ -278,7 +279,7 @@ def hopfield_cnn(
         layers += [pooled(2)] if halves and pooled else []
         size = size // 2 if halves and pooled else (size + stride - 1) // stride
     layers += [nn.Flatten()]
-    layers += [Scale(coupling ** (1 - len(channels)))] if coupling != 1 else []
+    layers += [Scale(math.prod([1 / coupling] * (len(channels) - 1)))] if coupling != 1 else []
     layers += [nn.Linear(channels[-1] * size * size, out_features)]
     net = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return EquilibriumNet(net, potential=potential, readout=readout)
