@@ -101,6 +101,8 @@ class Reshape(Operation):
 class Scale(nn.Module):
     """``y = factor x``: a fixed strength of what is sent on and, in a symmetric net, back.
 
+    Of any shape, and gives the same.
+
     Args:
         factor: any finite number.
 
