@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 import mep
 import mep.kernels
 from mep.energies import CrossEntropy
-from mep.kernels.library import Native, native
+from mep.kernels.library import native
 from mep.optim.flat import FlatSteps
 
 pytestmark = pytest.mark.skipif(
@@ -331,7 +331,7 @@ def test_threads_share_the_samples(threads, teams, sizes, more, monkeypatch, tak
     found, asked = native(), []
     original = found.parallel
     noted = lambda *a: asked.append(a[2]) or original(*a)  # noqa: E731
-    own = Native(found.sgemm, found.limit, found.place, found.team, noted if teams else None)
+    own = replace(found, parallel=noted if teams else None)
     monkeypatch.setattr("mep.kernels.native", lambda: own)
     before = torch.get_num_threads()
     try:

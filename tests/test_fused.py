@@ -1,5 +1,7 @@
 """Fused blocks on maps against their reference, the closed form operation by operation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ import mep
 import mep.kernels
 from mep.blocks import ClosedBlock
 from mep.blocks.fused import FusedBlock, FusedPoint
-from mep.kernels.library import Native, native
+from mep.kernels.library import native
 
 # Kernels differ from torch's own activations by 4e-7 of the value, and products of some hundred
 # terms by as many roundings; float64 has no kernels.
@@ -142,7 +144,7 @@ def test_large_tensors_are_spread_over_threads(name, threads):
 
     library, teams = native(), []
     noted = lambda *a: teams.append(a[2]) or library.parallel(*a)  # noqa: E731
-    own = Native(library.sgemm, library.limit, library.place, library.team, noted)
+    own = replace(library, parallel=noted)
     kernels = spread(cpu.kernels(name), own)
     torch.manual_seed(0)
     s, bias, d, p, e = (torch.randn(51, 3501) for _ in range(5))

@@ -13,7 +13,7 @@ from torch import nn
 import mep
 import mep.kernels
 from mep.contrast import BlockSegments, FlatSegments
-from mep.kernels.library import Native, native
+from mep.kernels.library import native
 from mep.memory import Plan
 from mep.optim.budget import Budget
 
@@ -117,7 +117,7 @@ def test_threads_share_the_samples(threads, teams, sizes, planned, walked, monke
     )
     truth, found, asked = reference(case, monkeypatch), native(), []
     noted = lambda *a: asked.append(a[2]) or found.parallel(*a)  # noqa: E731
-    own = Native(found.sgemm, found.limit, found.place, found.team, noted if teams else None)
+    own = replace(found, parallel=noted if teams else None)
     monkeypatch.setattr("mep.kernels.native", lambda: own)
     before = torch.get_num_threads()
     walked.clear()

@@ -7,7 +7,6 @@ memory budget, ``BlockSegments``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,13 +21,14 @@ from mep.contrast.layers import Layers, Parameters
 from mep.contrast.segments import Mark, Segments, Span
 from mep.contrast.settings import Settings
 from mep.contrast.stencils import one_sided
-from mep.contrast.strength import AutoBeta, strength_of
-from mep.energies import CrossEntropy, PredictionError, Squared, SquaredError, usable_gain
+from mep.contrast.strength import AutoBeta
+from mep.energies import CrossEntropy, PredictionError, Squared, SquaredError
 from mep.kernels import DESCENT, SWEEP, SWEEPS, capture, capture_segments, kernels_of
 from mep.kernels import LIMIT as LIMITED
 from mep.memory import Footprint, phase, show_use
 from mep.settling import (
     DIVERGED,
+    DIVERGENCE,
     LIMIT,
     TRANSPOSE,
     GradientDescent,
@@ -55,10 +55,12 @@ class Swept:
     Attributes:
         estimate: the verdict.
         captured: activities and errors, and how to learn from them.
+        learned: whether that has been done.
     """
 
     estimate: Estimate
     captured: Captured
+    learned: bool
 
 
 @dataclass
@@ -104,7 +106,12 @@ class Flat:
         return how is self.how or replace(how, beta=self.how.beta) == self.how
 
     def sweep(
-        self, x: Tensor, target: Tensor, parameters: Parameters, beta: float | AutoBeta
+        self,
+        x: Tensor,
+        target: Tensor,
+        parameters: Parameters,
+        beta: float | AutoBeta,
+        teach: Callable[[Captured], None] | None,
     ) -> Swept | None:
         """Takes free phase, backward sweep and nudged phase; nothing here makes a graph.
 
@@ -113,6 +120,8 @@ class Flat:
             target: target as the cost takes it.
             parameters: the layers' as they are now.
             beta: strength of the nudge.
+            teach: says how to learn; what one sweep settles then learns in the same call. None
+                leaves it to the caller.
 
         Returns:
             None where the reference is asked for: tensors without kernels, an input that does not
@@ -134,11 +143,23 @@ class Flat:
             if captured is None:
                 return None
             show_use(captured.tensors, "states")
-            swept = self._settled(captured, a, target, beta)
+            if teach is not None:
+                teach(captured)
+            swept = self._settled(captured, a, target, beta, self._most if teach else -1.0)
         if swept is None and captured.settling != self._settling:  # one was not enough
             del captured  # before there are others
-            return self.sweep(x, target, parameters, beta)
+            return self.sweep(x, target, parameters, beta, teach)
         return swept
+
+    @property
+    def _most(self) -> float:
+        """The median residual up to which a first sweep is the last; negative where it is not."""
+        settler = self.how.settler
+        if isinstance(settler, GradientDescent):
+            return -1.0
+        if settler.max_steps <= 1:
+            return DIVERGENCE
+        return -1.0 if settler.tol is None else min(settler.tol, DIVERGENCE)
 
     def _capture_for(
         self, a: Tensor, weights: list[nn.Parameter], biases: list[nn.Parameter | None]
@@ -161,20 +182,18 @@ class Flat:
         return self._captured
 
     def _settled(
-        self, captured: Captured, a: Tensor, target: Tensor, nudge: float | AutoBeta
+        self, captured: Captured, a: Tensor, target: Tensor, nudge: float | AutoBeta, most: float
     ) -> Swept | None:
-        fallen = captured.fall(a, self._goal(target, captured.output))
-        size = fallen.top + fallen.below
-        if not math.isfinite(fallen.loss + size + fallen.entering):
+        share, given = (nudge.c, 0.0) if isinstance(nudge, AutoBeta) else (0.0, nudge)
+        swept = captured.sweep(a, self._goal(target, captured.output), share, given, most)
+        if swept is None:
             return None
-        gain = usable_gain(size / fallen.top if fallen.top else math.nan, len(self.layers))
-        beta = strength_of(nudge, lambda: gain)
-        loss = torch.scalar_tensor(fallen.loss, dtype=a.dtype, device=a.device)
+        loss = torch.scalar_tensor(swept.loss, dtype=a.dtype, device=a.device)
         if isinstance(self.how.settler, Limit):
             own = sample_norm(captured.gradient)
-            found = Estimate(loss, Residual(own.sign(), own), 0, LIMIT, beta)
+            found = Estimate(loss, Residual(own.sign(), own), 0, LIMIT, swept.beta)
         else:
-            end = self._nudged(captured, beta)
+            end = self._nudged(captured, swept.end)
             if end is None:
                 return None
             swung, steps = end
@@ -182,10 +201,10 @@ class Flat:
             status = verdict(swung.total, swung.median, self.how.settler.tol)
             if status == DIVERGED:
                 return None
-            found = Estimate(loss, balance, steps, status, beta)
-        # |G| <= |e| |a| / B for every gradient, and what is below a bias is 1 for every sample.
-        most = math.sqrt(captured.errors * (captured.active + fallen.entering + len(a)))
-        return Swept(found, captured) if most <= torch.finfo(a.dtype).max else None
+            found = Estimate(loss, balance, steps, status, swept.beta)
+        if swept.learned or captured.most <= torch.finfo(a.dtype).max:
+            return Swept(found, captured, swept.learned)
+        return None
 
     def _goal(self, target: Tensor, output: Tensor) -> Tensor:
         """Returns the target as the compiled cost takes it."""
@@ -208,8 +227,12 @@ class Flat:
             return LIMITED
         return SWEEPS if self._room.further else SWEEP
 
-    def _nudged(self, captured: Captured, beta: float) -> tuple[Swung, int] | None:
+    def _nudged(self, captured: Captured, first: Swung | None) -> tuple[Swung, int] | None:
         """Settles the nudged phase, as the settling loop does.
+
+        Args:
+            captured: where.
+            first: what the first sweep has left to settle; None where there was none.
 
         Returns:
             What is left to settle, and how many sweeps or steps it took; None if there is no room
@@ -217,8 +240,9 @@ class Flat:
         """
         settler = self.how.settler
         if isinstance(settler, GradientDescent):
-            return self._downhill(captured, beta, settler)
-        found, sweeps = captured.rise(beta), 1
+            return self._downhill(captured, settler)
+        assert first is not None
+        found, sweeps = first, 1
         while sweeps < settler.max_steps and not may_stop(settler, [found.median]):
             if captured.settling == SWEEP:
                 self._room.further = True
@@ -226,11 +250,9 @@ class Flat:
             found, sweeps = captured.again(), sweeps + 1
         return found, sweeps
 
-    def _downhill(
-        self, captured: Captured, beta: float, settler: GradientDescent
-    ) -> tuple[Swung, int] | None:
+    def _downhill(self, captured: Captured, settler: GradientDescent) -> tuple[Swung, int] | None:
         """Goes downhill; None also where layers get no signal, which the reference warns of."""
-        captured.begin(beta, settler.lr, settler.momentum)
+        captured.begin(settler.lr, settler.momentum)
         found, steps = None, 0
         if settler.tol is None:
             found, steps = captured.relax(settler.max_steps), settler.max_steps

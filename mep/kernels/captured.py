@@ -15,26 +15,11 @@ from mep.kernels.descent import begin, relax
 from mep.kernels.further import again
 from mep.kernels.job import NUMBERS, SUMS, Job, addresses, empty
 from mep.kernels.library import Native
-from mep.kernels.perceptron import fall, learn, rise
+from mep.kernels.perceptron import learn
 from mep.kernels.team import call
+from mep.kernels.whole import FOUND, LEARNED, TERMS, whole
 
-__all__ = ["Captured", "Fallen", "Swung"]
-
-
-class Fallen(NamedTuple):
-    """What the free phase and the errors' way down leave.
-
-    Attributes:
-        loss: batch mean of the cost.
-        top: squares of the output's error, summed.
-        below: those of all others.
-        entering: squares of the input.
-    """
-
-    loss: float
-    top: float
-    below: float
-    entering: float
+__all__ = ["Captured", "Swept", "Swung"]
 
 
 class Swung(NamedTuple):
@@ -51,6 +36,22 @@ class Swung(NamedTuple):
     nudge: Tensor
     median: float
     total: float
+
+
+class Swept(NamedTuple):
+    """What a sweep leaves, or the free phase and the errors' way down alone.
+
+    Attributes:
+        loss: batch mean of the cost.
+        beta: strength of the nudge.
+        end: of the nudged sweep; None where there was none.
+        learned: whether the step has been taken to its end.
+    """
+
+    loss: float
+    beta: float
+    end: Swung | None
+    learned: bool
 
 
 class Captured:
@@ -72,8 +73,6 @@ class Captured:
         gradient: of the cost there.
         top: the output's error.
         settling: see above; what there is room for.
-        errors: squares of all errors, of the sweep taken last.
-        active: squares of all activities, of the nudged states once there are some.
         numbers: ``(2, L, 5)``, for weights and biases: rate, momentum, decay in the gradient and
             out of it, 1 for Nesterov's momentum.
     """
@@ -95,6 +94,7 @@ class Captured:
         self._job = Job(depth)
         self.tensors: list[Tensor] = [self._job.tensor]  # addresses are good as long as these live
         self._batch_in_use: tuple[Tensor, ...] = ()
+        self._taught: tuple[list[int], list[int]] = [], []
         states, errors = self._rooms(widths), [0] * (depth - 1)
         self._errors: list[Tensor] = []
         if settling != SWEEP or any(skips):
@@ -118,51 +118,73 @@ class Captured:
         self.output, self.gradient = states[-1], self._room(widths[-1])
         self._loss = self._room(1).view(-1)
         self._sums = np.zeros((0, SUMS))
-        self.errors = self.active = 0.0
+        # Squares of all errors, of the sweep taken last; of the input; and of all activities, of the
+        # nudged states once there are some.
+        self._squares = self._entering = self._active = 0.0
         self._left = empty(0), empty(0)
         self._beta, self.numbers = self._doubles(3), self._doubles(2, depth, NUMBERS)
+        self._terms, self._found = self._doubles(TERMS), self._doubles(FOUND)
         self._job.set(
             inputs=weights[0].shape[1], squared=squared, most=most,
             loss=self._loss.data_ptr(), gradient=self.gradient.data_ptr(),
             nudged=self._room(widths[-1]).data_ptr(), change=self._room(most).data_ptr(),
             moved=self._room(most).data_ptr(), norm=self._room(1).data_ptr(),
             forces=self._doubles(batch).ctypes.data, beta=self._beta.ctypes.data,
-            numbers=self.numbers.ctypes.data,
+            numbers=self.numbers.ctypes.data, terms=self._terms.ctypes.data,
+            found=self._found.ctypes.data,
         )  # fmt: skip
 
-    def fall(self, x: Tensor, target: Tensor) -> Fallen:
-        """Runs the free phase and the backward sweep.
+    def sweep(
+        self, x: Tensor, target: Tensor, share: float, beta: float, most: float
+    ) -> Swept | None:
+        """Runs free phase and backward sweep, the first nudged sweep, and learns if told to.
 
         Args:
             x: ``(B, in)``, contiguous.
-            target: ``(B,)`` int64, or ``(B, out)`` float32; contiguous. Where one is no class that
-                there is, the loss is NaN, and nothing else may be used.
+            target: ``(B,)`` int64, or ``(B, out)`` float32; contiguous.
+            share: relative strength of the nudge; 0 where the strength itself is given.
+            beta: that one.
+            most: median residual up to which the step is taken at once, by what was ``taught``;
+                negative for never.
+
+        Returns:
+            None where something is not finite, or a target is no class that there is; only the
+            rooms of this step have changed then.
         """
         self._batch_in_use = x, target
         self._job.set(x=x.data_ptr(), target=target.data_ptr())
-        top, below, entering, self.active, loss, _ = self._run(fall, 2)
-        self.errors = top + below
-        return Fallen(loss / self._batch, top, below, entering)
+        nudged = self.settling in (SWEEP, SWEEPS)
+        self._terms[:] = share, beta, nudged, most
+        if nudged:
+            self._make_room()
+        top, below, self._entering, self._active, loss, total = self._run(whole, 4)
+        self._squares = top + below
+        stage, beta, median = self._found.tolist()
+        if not stage:
+            return None
+        if stage == LEARNED:
+            self._batch_in_use = ()
+        end = Swung(*self._left, median, total) if nudged else None
+        return Swept(loss / self._batch, beta, end, stage == LEARNED)
 
-    def rise(self, beta: float) -> Swung:
-        """Takes the first nudged sweep."""
-        self._beta[0] = beta
-        self._make_room()
-        return self._sweep(rise, 1)
+    @property
+    def most(self) -> float:
+        """Bound on the norm of every gradient at the states settled last."""
+        # |G| <= |e| |a| / B, and what is below a bias is 1 for every sample.
+        return math.sqrt(self._squares * (self._active + self._entering + self._batch))
 
     def again(self) -> Swung:
-        """Takes one more, for which there must be room."""
+        """Takes one more sweep, for which there must be room."""
         return self._sweep(again, 2)
 
-    def begin(self, beta: float, rate: float, momentum: float) -> None:
-        """Begins to go downhill from the free states.
+    def begin(self, rate: float, momentum: float) -> None:
+        """Begins to go downhill from the free states, under the nudge of the last sweep's beta.
 
         Args:
-            beta: nudging strength.
             rate: step size.
             momentum: of the states.
         """
-        self._beta[:] = beta, rate, momentum
+        self._beta[1:] = rate, momentum
         self._make_room()
         call(self._native, begin, self._job.array, self._batch, self._work)
 
@@ -181,9 +203,8 @@ class Captured:
         self._job.set(residual=self._left[0].data_ptr(), strength=self._left[1].data_ptr())
 
     def _sweep(self, loop: Any, passes: int) -> Swung:
-        top, below, _, self.active, _, total = self._run(loop, passes)
-        if loop is not rise:  # which takes the errors as they are
-            self.errors = top + below
+        top, below, _, self._active, _, total = self._run(loop, passes)
+        self._squares = top + below
         median, middle = math.nan, (self._batch - 1) // 2  # the lower of two, as torch's
         if total == total:
             median = float(np.partition(self._left[0].numpy(), middle)[middle])
@@ -199,14 +220,19 @@ class Captured:
         # Nothing else adds up a few numbers in so little time.
         return [*map(sum, zip(*self._sums.tolist(), strict=True))]
 
-    def learn(self, weights: list[int], biases: list[int]) -> None:
-        """Takes the step by what has been written to ``numbers``, at the states settled last.
+    def teach(self, weights: list[int], biases: list[int]) -> None:
+        """Takes note of where momenta are.
 
         Args:
             weights: addresses of the weights' momenta; 0 for one without.
             biases: the same of the biases.
         """
-        self._job.fill(weight_momentum=weights, bias_momentum=biases)
+        if (weights, biases) != self._taught:
+            self._job.fill(weight_momentum=weights, bias_momentum=biases)
+            self._taught = weights, biases
+
+    def learn(self) -> None:
+        """Takes the step as it was taught, by ``numbers``, at the states settled last."""
         call(self._native, learn, self._job.array, self._batch, self._work)
         self._batch_in_use = ()
 

@@ -16,20 +16,21 @@ from numba import njit
 from torch import Tensor
 
 from mep.kernels.cpu import doubles
-from mep.kernels.team import COMMON, lane
+from mep.kernels.team import BATCH, COMMON, SGEMM, lane, team
 
 __all__ = ["AT", "HEAD", "NUMBERS", "SUMS", "TABLES", "Job", "addresses", "empty", "lane_sums",
-           "read", "strength"]  # fmt: skip
+           "read", "strength", "total"]  # fmt: skip
 
 # Sizes; addresses of the input, the target, and results per sample; room for one thread after the
 # other, of `most` numbers a sample; the foot's displacement, 0 without a foot, and the top's;
-# what is no whole number; and how many steps are taken at once.
+# what is no whole number; how many steps are taken at once; and, of a whole step, on what terms it
+# goes on, and what it has found.
 _OWN = ("depth", "inputs", "squared", "x", "target", "loss", "gradient", "nudged", "residual",
         "strength", "most", "change", "moved", "norm", "forces", "enters", "leaves", "sums", "beta",
-        "numbers", "steps")  # fmt: skip
+        "numbers", "steps", "terms", "found")  # fmt: skip
 HEAD = COMMON + len(_OWN)
 # Where they stand.
-AT = namedtuple("Places", ("sgemm", "batch", *_OWN))(0, 4, *range(COMMON, HEAD))
+AT = namedtuple("Places", ("sgemm", "batch", *_OWN))(SGEMM, BATCH, *range(COMMON, HEAD))
 # Of layer k: its width; its activation, that of the state above; weight, bias and their momenta (0
 # without); whether a skip leads around it; the state above, its activity (of the nudged state once
 # there is one), product and error; what of the error has come through the next layer, all of it
@@ -90,6 +91,15 @@ def read(job):
 def strength(head):
     """Returns the nudging strength."""
     return numba.float32(numba.carray(doubles(head[AT.beta]), (1,))[0])
+
+
+@njit(inline="always")
+def total(head, which):
+    """Returns a sum of all threads."""
+    sums, found = numba.carray(doubles(head[AT.sums]), (team(head), SUMS)), 0.0
+    for own in range(team(head)):
+        found += sums[own, which]
+    return found
 
 
 @njit(inline="always")

@@ -27,6 +27,7 @@ class Native:
             many as otherwise, and returns the number before. 0 where there is no such function.
         place: returns the number of the calling thread of a team; 0 without teams.
         team: returns the size of the calling thread's team; 0 without teams.
+        wait: returns once all threads of the team have called it; 0 without teams.
         parallel: ``(body, data, threads, 0)`` calls ``body(data)`` by a team of threads.
     """
 
@@ -34,6 +35,7 @@ class Native:
     limit: int
     place: int
     team: int
+    wait: int
     parallel: Any
 
 
@@ -57,14 +59,14 @@ def native() -> Native | None:
 
 
 def _found(library: ctypes.CDLL, sgemm: Any) -> Native:
-    names = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
-    place, team, parallel = (getattr(library, name, None) for name in names)
-    limit = getattr(library, "MKL_Set_Num_Threads_Local", None)
-    if parallel is None or place is None or team is None or limit is None:
-        return Native(_address(sgemm), 0, 0, 0, None)  # a product takes all threads by itself
+    names = ("MKL_Set_Num_Threads_Local", "omp_get_thread_num", "omp_get_num_threads",
+             "GOMP_barrier", "GOMP_parallel")  # fmt: skip
+    *known, parallel = (getattr(library, name, None) for name in names)
+    if parallel is None or None in known:
+        return Native(_address(sgemm), 0, 0, 0, 0, None)  # a product takes all threads by itself
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-    return Native(_address(sgemm), _address(limit), _address(place), _address(team), parallel)
+    return Native(_address(sgemm), *map(_address, known), parallel)
 
 
 def _address(function: Any) -> int:

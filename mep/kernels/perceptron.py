@@ -1,9 +1,9 @@
-"""A step of a multilayer perceptron in compiled calls: of all of it, or a segment at a time.
+"""A step of a multilayer perceptron in compiled parts: of all of it, or a segment at a time.
 
-All of it is *fall*, free phase, cost, and the errors' way down; *rise*, the nudged sweep and its
-residual; *learn*, the contrast, straight into momenta or weights. A segment is walked through by
-*ascend*, the free phase alone; *descend*, the free phase and the errors' way down; *climb*, both
-and the nudged sweep; *learn*. A job has numbers of its own after the common ones, ``HEAD`` in all,
+All of it is *falling*, free phase, cost, and the errors' way down; *rising*, the nudged sweep and
+its residual; *learning*, the contrast, straight into momenta or weights: ``whole`` calls them. A
+segment is walked through by *ascend*, the free phase alone; *descend*, the free phase and the
+errors' way down; *climb*, both and the nudged sweep; and *learn*. A job has numbers of its own after the common ones, ``HEAD`` in all,
 and then tables with one entry for every layer, ``TABLES``. A layer's state, and what there is of
 it, is ``(B, width)``. A segment above the first one has its *foot* in the place of a first layer:
 a state that is given, and no weight.
@@ -24,7 +24,9 @@ from mep.kernels.flat import add, clear, copy, push, square, sum_of
 from mep.kernels.job import AT, NUMBERS, lane_sums, read, strength
 from mep.kernels.team import N, T, alone, as_before, product, share
 
-__all__ = ["ascend", "climb", "descend", "fall", "finish", "learn", "rise"]
+__all__ = [
+    "ascend", "climb", "descend", "falling", "finish", "learn", "learning", "rising",
+]  # fmt: skip
 
 
 @njit(inline="always")
@@ -186,19 +188,18 @@ def climb(job):
     as_before(head, before)
 
 
-def fall(job):
-    """Free phase, cost and its gradient, errors down, and sums.
+@njit(inline="always")
+def falling(head, tables):
+    """Free phase, cost and its gradient, errors down, and sums, of this thread's samples.
 
     Where a target is no class that there is, this thread does nothing, and the cost is no number.
     """
-    head, tables = read(job)
     width, s, e, top = tables[0], tables[7], tables[10], head[AT.depth] - 1
     lo, rows = share(head, head[AT.batch])
     sums, n = lane_sums(head), width[top]
     if not _has_classes(head, lo, rows, n):
         sums[4] = math.nan
         return
-    before = alone(head)
     sums[2], sums[3] = _up(head, tables, lo, rows)
     at, target = 4 * lo * n, _target(head, lo, n)
     loss, gradient = head[AT.loss] + 4 * lo, head[AT.gradient] + at
@@ -209,20 +210,18 @@ def fall(job):
     for i in range(rows * n):
         error[i] = -slope[i]
     sums[0], sums[1] = _down(head, tables, lo, rows)
-    as_before(head, before)
 
 
-def rise(job):
-    """The nudged sweep and its residual."""
-    head, tables = read(job)
+@njit(inline="always")
+def rising(head, tables, beta):
+    """The nudged sweep and its residual, of this thread's samples."""
     lo, rows = share(head, head[AT.batch])
-    before, sums, beta = alone(head), lane_sums(head), strength(head)
+    sums = lane_sums(head)
     sums[3] = _nudge_all(head, tables, lo, rows, beta)
     d, top = tables[12], head[AT.depth] - 1
     passing = head[AT.moved] + 4 * lo * head[AT.most]
     moved = d[top] + 4 * lo * tables[0][top] if d[top] != 0 else passing
     sums[5] = finish(head, tables, lo, rows, beta, moved)
-    as_before(head, before)
 
 
 @njit(inline="always")
@@ -268,14 +267,21 @@ def _balance(head, error_, rows, lo, n):
 def learn(job):
     """``m <- mu m + G``, ``theta <- theta - lr m`` with ``G = -sum e^T a / B``, as ``SGD`` does."""
     head, tables = read(job)
+    before = alone(head)
+    learning(head, tables)
+    as_before(head, before)
+
+
+@njit(inline="always")
+def learning(head, tables):
+    """The same, of this thread's units."""
     width, weight, y, depth = tables[0], tables[2], tables[8], head[AT.depth]
     numbers = numba.carray(doubles(head[AT.numbers]), (2, depth, NUMBERS))
-    before, a, n_in = alone(head), head[AT.x], head[AT.inputs]
+    a, n_in = head[AT.x], head[AT.inputs]
     for k in range(depth):
         if weight[k] != 0:
             _learn(head, tables, k, a, n_in, numbers)
         a, n_in = y[k], width[k]
-    as_before(head, before)
 
 
 @njit(inline="always")

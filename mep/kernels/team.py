@@ -1,8 +1,8 @@
 """What compiled loops are made of: torch's own matrix product, in torch's own threads.
 
 What a loop works on is a row of 8-byte numbers, its *job*. The first ``COMMON`` of them are the
-same everywhere: ``sgemm, limit, place, team`` of ``Native``, and the number of samples. Samples do
-not see each other: every thread of a team takes some of them through all layers.
+same everywhere: ``sgemm, limit, place, team, wait`` of ``Native``, and the number of samples.
+Samples do not see each other: every thread of a team takes some of them through all layers.
 """
 
 # numba gives functions other signatures than they are written with.
@@ -28,10 +28,10 @@ from mep.kernels.cpu import compiled
 from mep.kernels.library import Native
 
 __all__ = ["BATCH", "COMMON", "LARGE", "SGEMM", "N", "T", "alone", "as_before", "call", "lane",
-           "lanes", "product", "share"]  # fmt: skip
+           "lanes", "product", "share", "team", "wait"]  # fmt: skip
 
-COMMON = 5
-SGEMM, _LIMIT, _PLACE, _TEAM, BATCH = range(COMMON)
+COMMON = 6
+SGEMM, _LIMIT, _PLACE, _TEAM, _WAIT, BATCH = range(COMMON)
 # Numbers from which it takes less time to wake another thread than to pass over them alone.
 LARGE = 100_000
 # Multiplications for which it takes longer to wake another thread than to do them.
@@ -101,6 +101,18 @@ def _set(typingctx, function, number):
     return types.int64(types.int64, types.int64), generate
 
 
+@intrinsic
+def _let(typingctx, function):
+    """Calls a C function ``void f(void)`` at an address."""
+
+    def generate(context, builder, signature, args):
+        form = ir.FunctionType(ir.VoidType(), []).as_pointer()
+        builder.call(builder.inttoptr(args[0], form), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 @njit(inline="always")
 def lane(job):
     """Returns the number of the calling thread, from 0."""
@@ -108,11 +120,23 @@ def lane(job):
 
 
 @njit(inline="always")
+def team(job):
+    """Returns how many threads there are."""
+    return 1 if job[_TEAM] == 0 else _ask(job[_TEAM])
+
+
+@njit(inline="always")
 def share(job, count):
     """Returns the first of so many that are this thread's, and how many are."""
-    lanes = 1 if job[_TEAM] == 0 else _ask(job[_TEAM])
-    first = count * lane(job) // lanes
-    return first, count * (lane(job) + 1) // lanes - first
+    first = count * lane(job) // team(job)
+    return first, count * (lane(job) + 1) // team(job) - first
+
+
+@njit(inline="always")
+def wait(job):
+    """Waits for all threads, which find what the others have written then."""
+    if job[_WAIT] != 0:
+        _let(job[_WAIT])
 
 
 @njit(inline="always")
@@ -146,8 +170,10 @@ def call(found: Native, loop: Any, job: np.ndarray, batch: int, work: int) -> No
     threads = lanes(batch, work)
     parallel = found.parallel if threads > 1 else None
     # Alone, a product may take other threads.
-    team = (0, 0, 0) if parallel is None else (found.limit, found.place, found.team)
-    job[:COMMON] = found.sgemm, *team, batch
+    together = (0, 0, 0, 0)
+    if parallel is not None:
+        together = found.limit, found.place, found.team, found.wait
+    job[:COMMON] = found.sgemm, *together, batch
     with _named(loop):
         if parallel is None:
             _CALL(_body(loop))(job.ctypes.data)

@@ -2,7 +2,7 @@
 
 from mep.memory.plan import Footprint, Plan, Update, plan, spans
 from mep.memory.size import parse, show
-from mep.memory.tracker import KINDS, Usage, label, phase, show_use, track
+from mep.memory.tracker import KINDS, Usage, label, phase, show_use, track, watched
 
 __all__ = [
     "KINDS",
@@ -18,4 +18,5 @@ __all__ = [
     "show_use",
     "spans",
     "track",
+    "watched",
 ]

@@ -13,7 +13,7 @@ from torch.autograd.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["KINDS", "Usage", "label", "phase", "show_use", "track"]
+__all__ = ["KINDS", "Usage", "label", "phase", "show_use", "track", "watched"]
 
 PARAMETERS, STATE = "parameters", "optimizer state"
 KINDS: tuple[str, ...] = (PARAMETERS, STATE, "gradients", "states", "other")
@@ -50,6 +50,16 @@ class phase:
             tracker.end()
         if self._record is not None:
             self._record.__exit__(*problem)
+
+
+def watched() -> bool:
+    """Returns whether a tracker or a profiler looks on.
+
+    >>> with track():
+    ...     watched()
+    True
+    """
+    return bool(_watching) or torch.autograd.profiler._is_profiler_enabled
 
 
 def label(tensor: Tensor, kind: str) -> Tensor:

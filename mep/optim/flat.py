@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,10 @@ from torch.autograd.graph import increment_version
 
 from mep.contrast import Settings, chain_of
 from mep.contrast.estimate import Estimate
-from mep.contrast.flat import Flat, Room, Swept
+from mep.contrast.flat import Flat, Room
 from mep.contrast.layers import Parameters, layers_of
-from mep.memory import phase
-from mep.optim.lessons import are_plain, momenta, numbers_of, plain_rule
+from mep.memory import phase, watched
+from mep.optim.lessons import make_momenta, momenta, numbers_of, plain_rule
 from mep.optim.updating import States, Updating
 
 if TYPE_CHECKING:
@@ -71,12 +72,27 @@ class FlatSteps:
         parameters = self._prepared(chain, how, groups)
         if parameters is None:
             return None
+        every = [*parameters[0], *parameters[1]]
+        known = momenta(every, self._homes, groups, state)
+        if known is None:
+            return None
+        # Whoever looks on is shown the update apart.
+        at_once = None not in known and not watched()
+        teach = partial(self._teach, known, groups) if at_once else None
         assert self._flat is not None
-        swept = self._flat.sweep(x, target, parameters, how.beta)
+        swept = self._flat.sweep(x, target, parameters, how.beta, teach)
         if swept is None:
             return None
         with phase("mep: update"):
-            return swept.estimate if self._learn(swept, parameters, groups, state) else None
+            if not swept.learned:
+                made = make_momenta(every, self._homes, groups, state)
+                self._teach(made, groups, swept.captured)
+                swept.captured.learn()
+            # A graph that still needs the weights as they were is to notice.
+            increment_version([p for p in every if p is not None])
+            if self._updating.penalty is not None:
+                self._pull(every, groups, state)
+        return swept.estimate
 
     def _prepared(
         self, chain: Any, how: Settings, groups: Sequence[dict[str, Any]]
@@ -96,30 +112,18 @@ class FlatSteps:
         learn = bool(self._homes) and all(p is None or p.requires_grad for p in every)
         return parameters if learn else None
 
-    def _learn(
-        self,
-        swept: Swept,
-        parameters: Parameters,
-        groups: Sequence[dict[str, Any]],
-        state: States,
-    ) -> bool:
-        """Takes the step; returns False, before anything is done, if a momentum is no plain one."""
+    def _teach(
+        self, known: list[int], groups: Sequence[dict[str, Any]], captured: Captured
+    ) -> None:
+        """Says where momenta are, and what the groups' numbers are."""
         assert self._rule is not None
-        weights, every = parameters[0], [*parameters[0], *parameters[1]]
-        if not are_plain(every, state):
-            return False
-        addresses = momenta(every, self._homes, groups, state)
+        layers = len(known) // 2
+        captured.teach(known[:layers], known[layers:])
         numbers = [numbers_of(group, self._rule) for group in groups]
-        if numbers != self._numbers or swept.captured is not self._knows_them:
+        if numbers != self._numbers or captured is not self._knows_them:
             table = np.array(numbers)[self._homes]
-            swept.captured.numbers[:] = table.reshape(2, len(weights), -1)
-            self._numbers, self._knows_them = numbers, swept.captured
-        swept.captured.learn(addresses[: len(weights)], addresses[len(weights) :])
-        # A graph that still needs the weights as they were is to notice.
-        increment_version([p for p in every if p is not None])
-        if self._updating.penalty is not None:
-            self._pull(every, groups, state)
-        return True
+            captured.numbers[:] = table.reshape(2, layers, -1)
+            self._numbers, self._knows_them = numbers, captured
 
     def _pull(
         self, every: Sequence[Tensor | None], groups: Sequence[dict[str, Any]], state: States

@@ -15,7 +15,7 @@ from mep.optim.blockwise import BlockUpdates
 from mep.optim.updating import States, Updating
 from mep.updates import SGD
 
-__all__ = ["Lessons", "are_plain", "momenta", "numbers_of", "plain_rule"]
+__all__ = ["Lessons", "make_momenta", "momenta", "numbers_of", "plain_rule"]
 
 
 def plain_rule(updating: Updating) -> SGD | None:
@@ -38,37 +38,55 @@ def momenta(
     homes: Sequence[int],
     groups: Sequence[dict[str, Any]],
     state: States,
-) -> list[int]:
-    """Returns the addresses of momenta, which are made where there are none yet; 0 without one.
+) -> list[int | None] | None:
+    """Returns the addresses of momenta, 0 without one, None where there is none yet.
 
     Args:
-        parameters: of which ``are_plain`` has found that their momenta are.
+        parameters: what has them.
+        homes: the group of every parameter.
+        groups: parameter groups.
+        state: per parameter.
+
+    Returns:
+        None, if one does not lie in memory as its parameter does.
+    """
+    with_momentum = [bool(group["momentum"]) for group in groups]
+    addresses: list[int | None] = []
+    for p, home in zip(parameters, homes, strict=True):
+        if p is None or not with_momentum[home]:
+            addresses.append(0)
+            continue
+        own = state.get(p)  # which makes no entry
+        m = own.get("momentum_buffer") if own else None
+        if m is None:
+            addresses.append(None)
+            continue
+        if m.shape != p.shape or m.dtype != p.dtype or not (m.is_cpu and m.is_contiguous()):
+            return None
+        addresses.append(m.data_ptr())
+    return addresses
+
+
+def make_momenta(
+    parameters: Sequence[Tensor | None],
+    homes: Sequence[int],
+    groups: Sequence[dict[str, Any]],
+    state: States,
+) -> list[int]:
+    """Returns the same where all of them lie as they should, those there are not yet made.
+
+    Args:
+        parameters: what has them.
         homes: the group of every parameter.
         groups: parameter groups.
         state: per parameter.
     """
-    addresses = []
     for p, home in zip(parameters, homes, strict=True):
-        if p is None or not groups[home]["momentum"]:
-            addresses.append(0)
-            continue
-        own = state[p]
-        if own.get("momentum_buffer") is None:
-            own["momentum_buffer"] = torch.zeros_like(p)
-        addresses.append(own["momentum_buffer"].data_ptr())
-    return addresses
-
-
-def are_plain(parameters: Sequence[Tensor | None], state: States) -> bool:
-    """Returns whether the momenta that there are lie in memory as their parameters do."""
-    for p in parameters:
-        own = state.get(p) if p is not None else None  # which makes no entry
-        m = own.get("momentum_buffer") if own else None
-        if p is None or m is None:
-            continue
-        if m.shape != p.shape or m.dtype != p.dtype or not (m.is_cpu and m.is_contiguous()):
-            return False
-    return True
+        if p is not None and groups[home]["momentum"]:
+            own = state[p]
+            if own.get("momentum_buffer") is None:
+                own["momentum_buffer"] = torch.zeros_like(p)
+    return momenta(parameters, homes, groups, state)  # pyright: ignore[reportReturnType]
 
 
 class Lessons:
@@ -89,8 +107,10 @@ class Lessons:
         """Returns whether every parameter is to learn, and can."""
         weights, biases = self._layers.parameters()
         every, home = [p for p in (*weights, *biases) if p is not None], self._updates.home
-        known = all(id(p) in home and p.requires_grad for p in every)
-        return known and are_plain(every, self._updates.state)
+        if not all(id(p) in home and p.requires_grad for p in every):
+            return False
+        own = self._homes(every), self._updates.groups, self._updates.state
+        return momenta(every, *own) is not None
 
     def take(self, lesson: Lesson) -> None:
         """Lets one segment learn, unless gradients may not be finite."""
@@ -107,8 +127,8 @@ class Lessons:
             foot = [0] if lesson.span[0] else []
             numbers = [[self._numbers[k] for k in (*foot, *own)] for own in homes]
             lesson.take(
-                momenta(weights, homes[0], groups, state),
-                momenta(biases, homes[1], groups, state),
+                make_momenta(weights, homes[0], groups, state),
+                make_momenta(biases, homes[1], groups, state),
                 torch.tensor(numbers, dtype=torch.float64, device="cpu"),
             )
             # A graph that still needs the weights as they were is to notice.
@@ -122,7 +142,7 @@ class Lessons:
         self._begun = True
         every = [p for ps in self._layers.parameters() for p in ps if p is not None]
         if every[-1] not in self._updates.state or not self._updates.state[every[-1]]:
-            momenta(every, self._homes(every), self._updates.groups, self._updates.state)
+            make_momenta(every, self._homes(every), self._updates.groups, self._updates.state)
 
     def _homes(self, parameters: Sequence[Tensor | None]) -> list[int]:
         """Returns the group of every parameter, any for None."""

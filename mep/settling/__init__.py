@@ -1,6 +1,7 @@
 """The one settling loop and its small solvers. Sees a problem, never blocks or energies."""
 
 from mep.settling.loop import (
+    DIVERGENCE,
     TRANSPOSE,
     Iterate,
     Messages,
@@ -30,6 +31,7 @@ __all__ = [
     "BACKWARD",
     "CONVERGED",
     "DIVERGED",
+    "DIVERGENCE",
     "FORWARD",
     "KOLEN_POLLACK",
     "LIMIT",

@@ -13,6 +13,7 @@ from torch import Tensor
 from mep.settling.result import CONVERGED, DIVERGED, NOT_SETTLED, Residual, Settled
 
 __all__ = [
+    "DIVERGENCE",
     "TRANSPOSE",
     "Iterate",
     "Messages",

@@ -1,0 +1,107 @@
+"""A perceptron's sweep in one compiled call, and what is learned from it, too, where it settles.
+
+Whatever is decided on the way is decided by every thread for itself, from sums that are the same
+for all: the strength of the nudge, and whether there is something to learn.
+"""
+
+# numba gives functions other signatures than they are written with.
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+from numba import njit
+
+from mep.kernels.cpu import doubles, floats
+from mep.kernels.job import AT, read, total
+from mep.kernels.perceptron import falling, learning, rising
+from mep.kernels.team import alone, as_before, lane, wait
+
+__all__ = ["FOUND", "LEARNED", "TERMS", "whole"]
+
+# The relative strength of the nudge, 0 where the strength itself is given; that one; whether there
+# is a nudged sweep; and the median residual up to which is learned at once, negative for never.
+TERMS = 4
+# How far it came, the strength of the nudge, and the median residual.
+FOUND = 3
+# It may stop where something is not finite; before anything is learned; or at the end.
+_UNSOUND, _SETTLED, LEARNED = 0.0, 1.0, 2.0
+_MOST = float(np.finfo(np.float32).max)
+
+
+@njit(inline="always")
+def _median(values_, room_, count):
+    """Returns the lower median, by parting a copy of the values until it lies where it belongs."""
+    values = numba.carray(floats(values_), (count,))
+    room = numba.carray(floats(room_), (count,))
+    for i in range(count):
+        room[i] = values[i]
+    middle, low, high = (count - 1) // 2, 0, count - 1
+    while low < high:
+        pivot, i, j = room[(low + high) // 2], low, high
+        while i <= j:
+            while room[i] < pivot:
+                i += 1
+            while pivot < room[j]:
+                j -= 1
+            if i <= j:
+                room[i], room[j] = room[j], room[i]
+                i, j = i + 1, j - 1
+        if middle <= j:
+            high = j
+        elif middle >= i:
+            low = i
+        else:
+            break
+    return float(room[middle])
+
+
+@njit(inline="always")
+def _strength(head, share, given):
+    """Returns the strength of the nudge, a share of the gain's inverse or given."""
+    if share == 0:
+        return given
+    top = total(head, 0)
+    gain = (top + total(head, 1)) / top if top > 0 else math.nan
+    return share / (gain if math.isfinite(gain) and gain > 0 else float(head[AT.depth]))
+
+
+@njit(inline="always")
+def _largest(head):
+    """Returns a bound on the norm of every gradient.
+
+    ``|G| <= |e| |a| / B``, and what is below a bias is 1 for every sample.
+    """
+    errors, activities = total(head, 0) + total(head, 1), total(head, 2) + total(head, 3)
+    return math.sqrt(errors * (activities + head[AT.batch]))
+
+
+def whole(job):
+    """Free phase, errors down, the nudged sweep; and learns, where that has settled."""
+    head, tables = read(job)
+    share_, given, nudged, most = numba.carray(doubles(head[AT.terms]), (TERMS,))
+    found = numba.carray(doubles(head[AT.found]), (FOUND,))
+    before, first = alone(head), lane(head) == 0
+    falling(head, tables)
+    wait(head)
+    beta, residual = _strength(head, share_, given), 0.0
+    # What is not finite in the squares of errors, activities or the input is not in the bound.
+    sound = math.isfinite(total(head, 4)) and math.isfinite(_largest(head))
+    if sound and nudged != 0:
+        rising(head, tables, numba.float32(beta))
+        wait(head)
+        if first:
+            finite = math.isfinite(total(head, 5))
+            found[2] = _median(head[AT.residual], head[AT.norm], head[AT.batch]) if finite else math.nan
+        wait(head)
+        residual = found[2]
+    learns = sound and residual <= most and _largest(head) <= _MOST
+    if learns:
+        learning(head, tables)
+    if first:
+        numba.carray(doubles(head[AT.beta]), (1,))[0] = beta
+        found[0], found[1] = (LEARNED if learns else _SETTLED) if sound else _UNSOUND, beta
+    as_before(head, before)
