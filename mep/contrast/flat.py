@@ -138,7 +138,8 @@ class Flat:
         if isinstance(settler, GradientDescent) and settler.max_steps < len(self.layers):
             return None  # not every layer gets a signal, as the reference says
         with phase("mep: settle"):
-            a = _entering(x)
+            # As it lies in memory it is ``(B, in)`` already, unless it lies otherwise.
+            a = x if x.is_contiguous() and not x.is_neg() else _entering(x)
             captured = self._capture_for(a, *parameters)
             if captured is None:
                 return None
@@ -168,15 +169,17 @@ class Flat:
         if kernels_of(self.layers.activations[0], a) is None:
             return None
         settling = self._settling
-        known: list[Any] = [a.shape, settling]
-        for p in (*weights, *biases):
-            known.append(p is not None and (p.data_ptr(), p.shape, p.dtype, p.is_contiguous()))
+        known: list[Any] = [
+            p if p is None else (p.data_ptr(), p.shape, p.dtype, p.is_contiguous())
+            for p in (*weights, *biases)
+        ]
+        known += a.shape, settling
         if known != self._known:
             squared = type(self.how.cost) is SquaredError
             self._captured = None  # before there are others
             layers = self.layers
             self._captured = capture(
-                layers.activations, weights, biases, layers.skips, a, squared, settling
+                layers.activations, weights, biases, layers.skips, _entering(a), squared, settling
             )
             self._known = known
         return self._captured

@@ -29,22 +29,21 @@ class Layers:
     def __init__(self, chain: Chain) -> None:
         first, others = chain.blocks[0], chain.blocks[1:]
         assert isinstance(first, ClosedBlock) and first.layer is not None
-        self._first, self.flattens = first.layer, bool(first.operations)
-        self._others = [block for block in map(_dense, others) if block is not None]
+        self.flattens = bool(first.operations)
+        dense = [block for block in map(_dense, others) if block is not None]
+        # Where parameters are looked up: modules themselves take longer.
+        modules = [first.layer.module, *(block.modules[-1] for block in dense)]
+        self._homes = [module._parameters for module in modules]
         self.skips = [False, *(isinstance(block, SkipBlock) for block in others)]
-        self.activations = [block.activation.name for block in self._others]
+        self.activations = [block.activation.name for block in dense]
 
     def __len__(self) -> int:
         return len(self.skips)
 
     def parameters(self, start: int = 0, stop: int | None = None) -> Parameters:
         """Returns weights and biases as they are now, of some layers or all."""
-        blocks = self._others[max(start - 1, 0) : stop and stop - 1]
-        first = [self._first] if start == 0 else []
-        return (
-            [*(layer.weight for layer in first), *(block.weight for block in blocks)],
-            [*(layer.bias for layer in first), *(block.bias for block in blocks)],
-        )
+        homes = self._homes[start:stop]
+        return [own["weight"] for own in homes], [own["bias"] for own in homes]  # pyright: ignore
 
 
 def layers_of(chain: Any) -> Layers | None:

@@ -19,12 +19,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mep.contrast.seen import Seen
+from mep.contrast.seen import Seen, unchanged
 from mep.curvature import Signal
 
-__all__ = ["Twin", "full", "mixed", "owned", "refuse_mixed", "twin_of", "wanted"]
+__all__ = ["Twin", "autocasts", "full", "mixed", "owned", "refuse_mixed", "twin_of", "wanted"]
 
 _wanted: ContextVar[torch.dtype | None] = ContextVar("dtype of the twin", default=None)
+
+
+def autocasts(x: Any) -> bool:
+    """Returns whether ``torch.autocast`` is on where an input is.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     autocasts(torch.zeros(1))
+    True
+    """
+    device = _device(x)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _device(x: Any) -> str:
+    return x.device.type if isinstance(x, Tensor) and not x.is_cpu else "cpu"
 
 
 def mixed(x: Any) -> AbstractContextManager[None]:
@@ -39,9 +54,9 @@ def mixed(x: Any) -> AbstractContextManager[None]:
     Raises:
         TypeError: for float16, in which nudges underflow.
     """
-    device = x.device.type if isinstance(x, Tensor) else "cpu"
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not autocasts(x):
         return nullcontext()
+    device = _device(x)
     dtype = torch.get_autocast_dtype(device)
     if dtype == torch.float16:
         raise TypeError(
@@ -130,7 +145,7 @@ class Twin:
 
     def is_of(self, model: nn.Module, dtype: torch.dtype) -> bool:
         """Returns whether it still is the twin of a model."""
-        if dtype != self.dtype or not all(seen.unchanged() for seen in self._seen):
+        if dtype != self.dtype or not unchanged(self._seen):
             return False
         now = _tensors(model)
         same = len(now) == len(self._masters) and all(map(is_, now, self._masters))

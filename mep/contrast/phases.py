@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mep.blocks import Chain
 from mep.contrast.mixed import twin_of
-from mep.contrast.seen import Seen
+from mep.contrast.seen import Seen, unchanged
 from mep.contrast.settings import Settings
 from mep.contrast.strength import strength_of
 from mep.couplings import Coupled, Couplings
@@ -51,7 +51,7 @@ def chain_of(
     key = (type(energy).__name__, gradient_method)
     seen, chain = known.get(key, (None, None))
     # One look per module at every step: no walk through the tree, no new lists of names.
-    if chain is None or seen is None or not all(module.unchanged() for module in seen):
+    if chain is None or seen is None or not unchanged(seen):
         chain = energy.read(model, gradient_method)
         # A model that is itself a block's module would be kept alive by its own entry.
         if not any(module is model for block in chain.blocks for module in block.modules):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Seen"]
+__all__ = ["Seen", "unchanged"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -29,15 +29,23 @@ class Seen:
         self.children = [*self.state["_modules"].values()]
         self.buffers = [*self.state["_buffers"].values()]
 
-    def unchanged(self) -> bool:
-        """True if the module is as it was."""
-        state = self.state
-        try:
-            same = len(state) == self.size and self.read(state) == self.seen
-            modules, tensors = state["_modules"], state["_buffers"]
-        except KeyError:  # an attribute is gone
-            return False
-        return same and _are(modules, self.children) and _are(tensors, self.buffers)
+
+def unchanged(modules: list[Seen]) -> bool:
+    """Returns whether all of them are as they were."""
+    try:
+        for known in modules:
+            state = known.state
+            if len(state) != known.size or known.read(state) != known.seen:
+                return False
+            children, buffers = state["_modules"], state["_buffers"]
+            # Most modules have none.
+            if (children or known.children) and not _are(children, known.children):
+                return False
+            if (buffers or known.buffers) and not _are(buffers, known.buffers):
+                return False
+    except KeyError:  # an attribute is gone
+        return False
+    return True
 
 
 @cache
@@ -46,9 +54,7 @@ def _reader(names: tuple[str, ...]) -> itemgetter:
 
 
 def _are(parts: dict[str, Any], known: list[Any]) -> bool:
-    """Returns whether there are the same ones in the same order; most modules have none."""
-    if not parts and not known:
-        return True
+    """Returns whether there are the same ones in the same order."""
     return len(parts) == len(known) and all(map(is_, parts.values(), known))
 
 

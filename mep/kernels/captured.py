@@ -13,7 +13,7 @@ from torch import Tensor
 from mep.kernels import DESCENT, SWEEP, SWEEPS
 from mep.kernels.descent import begin, relax
 from mep.kernels.further import again
-from mep.kernels.job import NUMBERS, SUMS, Job, addresses, empty
+from mep.kernels.job import AT, NUMBERS, SUMS, Job, addresses, empty
 from mep.kernels.library import Native
 from mep.kernels.perceptron import learn
 from mep.kernels.team import call
@@ -95,6 +95,7 @@ class Captured:
         self.tensors: list[Tensor] = [self._job.tensor]  # addresses are good as long as these live
         self._batch_in_use: tuple[Tensor, ...] = ()
         self._taught: tuple[list[int], list[int]] = [], []
+        self._asked: tuple[float, ...] = ()
         states, errors = self._rooms(widths), [0] * (depth - 1)
         self._errors: list[Tensor] = []
         if settling != SWEEP or any(skips):
@@ -152,16 +153,19 @@ class Captured:
             rooms of this step have changed then.
         """
         self._batch_in_use = x, target
-        self._job.set(x=x.data_ptr(), target=target.data_ptr())
+        self._job.array[AT.x], self._job.array[AT.target] = x.data_ptr(), target.data_ptr()
         nudged = self.settling in (SWEEP, SWEEPS)
-        self._terms[:] = share, beta, nudged, most
+        terms = share, beta, nudged, most
+        if terms != self._asked:
+            self._terms[:] = self._asked = terms
         if nudged:
             self._make_room()
-        top, below, self._entering, self._active, loss, total = self._run(whole, 4)
-        self._squares = top + below
-        stage, beta, median = self._found.tolist()
+        self._call(whole, 4)
+        stage, beta, median, *sums = self._found.tolist()
         if not stage:
             return None
+        top, below, self._entering, self._active, loss, total = sums
+        self._squares = top + below
         if stage == LEARNED:
             self._batch_in_use = ()
         end = Swung(*self._left, median, total) if nudged else None
@@ -186,7 +190,7 @@ class Captured:
         """
         self._beta[1:] = rate, momentum
         self._make_room()
-        call(self._native, begin, self._job.array, self._batch, self._work)
+        self._call(begin, 1)
 
     def relax(self, steps: int) -> Swung:
         """Takes steps downhill."""
@@ -199,8 +203,9 @@ class Captured:
 
     def _make_room(self) -> None:
         """Makes room for what is left to settle: the last phase's belongs to others."""
-        self._left = empty(self._batch), empty(self._batch)
-        self._job.set(residual=self._left[0].data_ptr(), strength=self._left[1].data_ptr())
+        room = self.gradient.new_empty(2, self._batch)
+        self._left = residual, nudge = room.unbind()
+        self._job.array[AT.residual], self._job.array[AT.strength] = residual.data_ptr(), nudge.data_ptr()
 
     def _sweep(self, loop: Any, passes: int) -> Swung:
         top, below, _, self._active, _, total = self._run(loop, passes)
@@ -212,13 +217,16 @@ class Captured:
 
     def _run(self, loop: Any, passes: int) -> list[float]:
         """Calls a loop; returns what it has summed up over all samples."""
+        self._sums.fill(0)  # not every call takes all threads
+        self._call(loop, passes)
+        # Nothing else adds up a few numbers in so little time.
+        return [*map(sum, zip(*self._sums.tolist(), strict=True))]
+
+    def _call(self, loop: Any, passes: int) -> None:
         if len(self._sums) < torch.get_num_threads():
             self._sums = np.zeros((torch.get_num_threads(), SUMS))
             self._job.set(sums=self._sums.ctypes.data)
-        self._sums.fill(0)  # not every call takes all threads
         call(self._native, loop, self._job.array, self._batch, passes * self._work)
-        # Nothing else adds up a few numbers in so little time.
-        return [*map(sum, zip(*self._sums.tolist(), strict=True))]
 
     def teach(self, weights: list[int], biases: list[int]) -> None:
         """Takes note of where momenta are.
@@ -233,7 +241,7 @@ class Captured:
 
     def learn(self) -> None:
         """Takes the step as it was taught, by ``numbers``, at the states settled last."""
-        call(self._native, learn, self._job.array, self._batch, self._work)
+        self._call(learn, 1)
         self._batch_in_use = ()
 
     def _room(self, n: int) -> Tensor:

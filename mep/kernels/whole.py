@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from mep.kernels.cpu import doubles, floats
-from mep.kernels.job import AT, read, total
+from mep.kernels.job import AT, SUMS, lane_sums, read, total
 from mep.kernels.perceptron import falling, learning, rising
 from mep.kernels.team import alone, as_before, lane, wait
 
@@ -25,8 +25,9 @@ __all__ = ["FOUND", "LEARNED", "TERMS", "whole"]
 # The relative strength of the nudge, 0 where the strength itself is given; that one; whether there
 # is a nudged sweep; and the median residual up to which is learned at once, negative for never.
 TERMS = 4
-# How far it came, the strength of the nudge, and the median residual.
-FOUND = 3
+# How far it came, the strength of the nudge, and the median residual; and then the sums of all
+# threads.
+FOUND = 3 + SUMS
 # It may stop where something is not finite; before anything is learned; or at the end.
 _UNSOUND, _SETTLED, LEARNED = 0.0, 1.0, 2.0
 _MOST = float(np.finfo(np.float32).max)
@@ -85,6 +86,7 @@ def whole(job):
     share_, given, nudged, most = numba.carray(doubles(head[AT.terms]), (TERMS,))
     found = numba.carray(doubles(head[AT.found]), (FOUND,))
     before, first = alone(head), lane(head) == 0
+    lane_sums(head)[:] = 0
     falling(head, tables)
     wait(head)
     beta, residual = _strength(head, share_, given), 0.0
@@ -104,4 +106,6 @@ def whole(job):
     if first:
         numba.carray(doubles(head[AT.beta]), (1,))[0] = beta
         found[0], found[1] = (LEARNED if learns else _SETTLED) if sound else _UNSOUND, beta
+        for which in range(SUMS):
+            found[3 + which] = total(head, which)
     as_before(head, before)

@@ -8,6 +8,7 @@ from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
@@ -38,9 +39,12 @@ class FlatSteps:
         self._rule = plain_rule(updating)
         self._flat: Flat | None = None
         self._chain: Any = None
-        self._parameters: list[Any] = []  # of the net, and then of the groups
-        self._sizes: list[int] = []
+        self._every: list[Any] = []  # weights, and then biases
+        self._owned: list[list[Any]] = []  # by the groups
         self._homes: list[int] = []  # the group of every weight, and then of every bias
+        self._known: list[int | None] | None = None  # where their momenta are
+        self._seen: list[Any] = []  # which groups have momenta, and all there are
+        self._where: list[int] = []
         self._numbers: list[tuple[float, ...]] = []  # of the groups, and which step has them
         self._knows_them: Captured | None = None
 
@@ -72,8 +76,7 @@ class FlatSteps:
         parameters = self._prepared(chain, how, groups)
         if parameters is None:
             return None
-        every = [*parameters[0], *parameters[1]]
-        known = momenta(every, self._homes, groups, state)
+        every, known = self._every, self._momenta(groups, state)
         if known is None:
             return None
         # Whoever looks on is shown the update apart.
@@ -91,7 +94,8 @@ class FlatSteps:
             # A graph that still needs the weights as they were is to notice.
             increment_version([p for p in every if p is not None])
             if self._updating.penalty is not None:
-                self._pull(every, groups, state)
+                with torch.no_grad():
+                    self._pull(every, groups, state)
         return swept.estimate
 
     def _prepared(
@@ -102,18 +106,32 @@ class FlatSteps:
             layers = layers_of(chain) if Flat.fits(how) else None
             if layers is None:
                 return None
-            self._flat, self._chain, self._parameters = Flat(layers, how, self._room), chain, []
+            self._flat, self._chain, self._every = Flat(layers, how, self._room), chain, []
         parameters = self._flat.layers.parameters()
-        every, sizes = [*parameters[0], *parameters[1]], [len(group["params"]) for group in groups]
-        known = [*every, *(p for group in groups for p in group["params"])]
-        if sizes != self._sizes or not _same(known, self._parameters):
+        every, owned = [*parameters[0], *parameters[1]], [group["params"] for group in groups]
+        same = _same(every, self._every) and len(owned) == len(self._owned)
+        if not same or not all(map(_same, owned, self._owned)):
             self._homes = _homes(every, groups)
-            self._parameters, self._sizes, self._numbers = known, sizes, []
-        learn = bool(self._homes) and all(p is None or p.requires_grad for p in every)
-        return parameters if learn else None
+            self._every, self._owned, self._numbers = every, [[*ps] for ps in owned], []
+            self._seen = []
+        if not self._homes or not all([p is None or p.requires_grad for p in every]):
+            return None
+        return parameters
+
+    def _momenta(
+        self, groups: Sequence[dict[str, Any]], state: States
+    ) -> list[int | None] | None:
+        """Returns what ``momenta`` does, looked up again where any has become another."""
+        seen: list[Any] = [bool(group["momentum"]) for group in groups]
+        buffers = [own.get("momentum_buffer") for own in state.values()]
+        where = [m.data_ptr() for m in buffers if m is not None]
+        if where != self._where or not _same([*seen, *buffers], self._seen):
+            self._known = momenta(self._every, self._homes, groups, state)
+            self._where, self._seen = where, [*seen, *buffers]
+        return self._known
 
     def _teach(
-        self, known: list[int], groups: Sequence[dict[str, Any]], captured: Captured
+        self, known: list[Any], groups: Sequence[dict[str, Any]], captured: Captured
     ) -> None:
         """Says where momenta are, and what the groups' numbers are."""
         assert self._rule is not None

@@ -27,7 +27,7 @@ from mep.contrast import (
     settings,
 )
 from mep.contrast.flat import Room
-from mep.contrast.mixed import full, mixed, refuse_mixed, wanted
+from mep.contrast.mixed import autocasts, full, mixed, refuse_mixed
 from mep.energies import Cost, Energy, FreePhase, cost_of
 from mep.memory import Plan, phase
 from mep.optim.blockwise import BlockUpdates, by_block
@@ -276,10 +276,11 @@ class EPOptimizer(Saved):
             raise ValueError(NO_BATCH)
         if self.model is None:
             raise ValueError("`step(x=, target=)` needs EPOptimizer(..., model=model)")
-        with torch.no_grad(), mixed(x) if self.mode == "ep" else nullcontext():
+        if self.mode == "ep" and not self.blockwise and not autocasts(x):
             loss = self._step_flat(self.model, x, target)
             if loss is not None:
                 return loss
+        with torch.no_grad(), mixed(x) if self.mode == "ep" else nullcontext():
             # Other solvers take many steps: what each leaves is better freed. A budget counts it.
             few = isinstance(self.how.settler, (Sweep, Limit)) and self._budget is None
             with self._buffers.lend() if few else nullcontext():
@@ -313,8 +314,6 @@ class EPOptimizer(Saved):
 
     def _step_flat(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor | None:
         """Takes a captured step; None if it is not for one, and nothing was done."""
-        if self.mode == "backprop" or self.blockwise or wanted() is not None:
-            return None
         found = self._flat.take(model, x, target, self._eased, self.param_groups, self.state)
         if found is not None:
             self._buffers.clear()
