@@ -43,6 +43,7 @@ def everything(block, s, d, e):
         found += [delta, product, block.pull(moved, product)]
         found += [signal.form() for signal in block.signals(moved, e, 0.3)]
         found += block.advance(point, moved_by, product, product)[::2]
+        found += block.advance(point, moved_by.clone(), product, product, 0.3)[::2]
         if block.box is not None:
             inner = block.inner(moved, product)
             found += [inner, *block.at_rest(s, moved_by, inner)]

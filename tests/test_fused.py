@@ -55,9 +55,12 @@ def answers(block, s, d, e, below):
         f, point = block.predict(s)
         product = block.product(point, e)
         delta, moved, norm = block.advance(point, d, product, below)
+        later = d.sub(below, alpha=0.3)  # whose share of the error is yet to come
+        found = [later, *block.advance(point, later, product, below, 0.3)[::2]]
         again, at = block.difference(point, d)
-        found = [f, product, block.pull(point, product), delta, norm, block.pull(moved, product)]
+        found += [f, product, block.pull(point, product), delta, norm, block.pull(moved, product)]
         found += [again, block.pull(at, product)]
+        torch.testing.assert_close(later, d)
         below_it, square = block.pull_and_square(point, product)
         found += [below_it, torch.as_tensor(square, dtype=s.dtype)]
         found += [signal.form() for signal in block.signals(moved, e, 0.5)]
@@ -138,7 +141,10 @@ def test_a_step_of_a_convolutional_net_is_the_closed_form_s(monkeypatch):
 @pytest.mark.parametrize("name", ["tanh", "relu"])
 @pytest.mark.parametrize("threads", [2, 3])
 def test_large_tensors_are_spread_over_threads(name, threads):
-    """The same numbers, bit for bit but for the order of one sum, and several threads at work."""
+    """The same numbers, and several threads at work.
+
+    To a rounding: what is compiled once for itself and once into a loop may end its rows otherwise.
+    """
     from mep.kernels import cpu
     from mep.kernels.spread import spread
 
@@ -167,4 +173,5 @@ def test_large_tensors_are_spread_over_threads(name, threads):
         torch.set_num_threads(before)
     assert teams == [threads] * 4  # none of them while there was one thread
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    assert all(map(torch.equal, found[0][1], found[1][1]))
+    for one, several in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, several, rtol=1e-6, atol=2e-7)

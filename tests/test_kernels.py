@@ -262,9 +262,12 @@ def test_block_takes_operands_of_any_layout(name):
     assert torch.equal(block.pull(point, p), pulled)
     plain = block.advance(point, d.contiguous(), p.contiguous(), e.contiguous())
     for operands in ((d, p, e), (d.contiguous(), p, e)):
-        found = block.advance(point, *operands)
-        torch.testing.assert_close(found[0], plain[0])
-        torch.testing.assert_close(found[2], plain[2])
+        for beta in (0.0, 0.3):  # the displacement's share of the error is there, or yet to come
+            moved_by = operands[0] - beta * operands[2]
+            found = block.advance(point, moved_by, *operands[1:], beta)
+            torch.testing.assert_close(found[0], plain[0])
+            torch.testing.assert_close(found[2], plain[2])
+            torch.testing.assert_close(moved_by, operands[0])
 
 
 # --- who has kernels -----------------------------------------------------------------------------
@@ -339,7 +342,7 @@ def test_step_needs_no_kernels(who, request, monkeypatch):
         pytest.importorskip("numba")
         from mep.kernels.captured import Captured
     calls = []
-    kind, name = (Captured, "rise") if who == "kernels" else (Elementwise, "nudge")
+    kind, name = (Captured, "sweep") if who == "kernels" else (Elementwise, "nudge")
     original = getattr(kind, name)
     monkeypatch.setattr(kind, name, lambda self, *a: calls.append(self) or original(self, *a))
     with mep.kernels.eager() if who == "eager" else contextlib.nullcontext():

@@ -115,19 +115,22 @@ class Block(ABC):
         """
 
     def advance(
-        self, point: Any, d: Tensor, product: Tensor, e: Tensor
+        self, point: Any, d: Tensor, product: Tensor, e: Tensor, beta: float = 0.0
     ) -> tuple[Tensor, Any, Tensor]:
         """Takes ``difference``, and looks at the force below while all of it is in the cache.
 
         Args:
             point: at the free state.
-            d: its displacement.
+            d: its displacement, to which ``beta e`` is added in place first.
             product: of this block, with the error above.
             e: the error below.
+            beta: 0 where the displacement has its share of the error already.
 
         Returns:
             The difference, the point at ``s + d``, and per sample ``||e - J(s + d)^T e_above||``.
         """
+        if beta:
+            d.add_(e, alpha=beta)
         delta, moved = self.difference(point, d)
         # Out of place: what a block without an activation pulls is the product itself, or a view.
         return delta, moved, sample_norm(self.pull(moved, product) - e)

@@ -132,17 +132,46 @@ class ClosedBlock(Block):
         if layer is None:
             return
         weight, bias = layer.weight, layer.bias
+        learns = bias is not None and bias.requires_grad
+        gradients = _Gradients(layer, a, e, scale, learns)
         several = e.dim() > 2  # positions per sample
         if weight.requires_grad:
-            form = partial(layer.weight_gradient, a, e, scale)
             rows = partial(layer.rows, a, e) if layer.is_product else None
             each = partial(layer.sample_gradients, a, e) if several else None
             squares = partial(layer.sample_squares, a, e) if several else None
-            yield Signal(weight, scale, samples, form, rows, each, squares)
-        if bias is not None and bias.requires_grad:
-            form, rows = partial(layer.bias_gradient, e, scale), partial(layer.bias_rows, e)
+            yield Signal(weight, scale, samples, gradients.weight, rows, each, squares)
+        if learns:
+            rows = partial(layer.bias_rows, e)
             each = partial(layer.sample_bias_gradients, e) if several else None
-            yield Signal(bias, scale, samples, form, rows, each)
+            yield Signal(bias, scale, samples, gradients.bias, rows, each)
+
+
+class _Gradients:
+    """The gradients of a layer, of which the bias's may come along with the weight's.
+
+    Args:
+        layer: whose they are.
+        a: activity.
+        e: error.
+        scale: of the sum over the batch.
+        both: whether both will be asked for.
+    """
+
+    def __init__(self, layer: Layer, a: Tensor, e: Tensor, scale: float, both: bool) -> None:
+        self._layer, self._of, self._both = layer, (a, e, scale), both
+        self._bias: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        """Returns the weight's."""
+        if not self._both:
+            return self._layer.weight_gradient(*self._of)
+        found, self._bias = self._layer.gradients(*self._of)
+        return found
+
+    def bias(self) -> Tensor:
+        """Returns the bias's; it belongs to whom it was given."""
+        found, self._bias = self._bias, None
+        return self._layer.bias_gradient(*self._of[1:]) if found is None else found
 
 
 def _box_backward(g: Tensor, x: Tensor, low: float, high: float) -> Tensor:

@@ -142,14 +142,14 @@ class DenseBlock(ClosedBlock):
         return delta, point.moved(y_new)
 
     def advance(
-        self, point: Point, d: Tensor, product: Tensor, e: Tensor
+        self, point: Point, d: Tensor, product: Tensor, e: Tensor, beta: float = 0.0
     ) -> tuple[Tensor, Point, Tensor]:
         if not isinstance(point, DensePoint) or not d.is_contiguous():
-            return super().advance(point, d, product, e)
+            return super().advance(point, d, product, e, beta)
         (s, y), change, y_new = point.values, point.room(), point.room()
         norm = torch.empty_like(d[:, 0])
         product, e = product.contiguous(), e.contiguous()
-        point.between.nudge(s, y, d, 0.0, product, e, change, y_new, norm)
+        point.between.nudge(s, y, d, beta, product, e, change, y_new, norm)
         delta = torch.mm(change, self.transpose, out=point.outputs.take())
         point.inputs.give(change)
         return delta, point.moved(y_new), norm

@@ -77,17 +77,19 @@ class FusedBlock(ClosedBlock):
         return self._pushed(point, change), self._moved_to(point, y_new)
 
     def advance(
-        self, point: Point, d: Tensor, product: Tensor, e: Tensor
+        self, point: Point, d: Tensor, product: Tensor, e: Tensor, beta: float = 0.0
     ) -> tuple[Tensor, Point, Tensor]:
         if not isinstance(point, FusedPoint):
-            return super().advance(point, d, product, e)
+            return super().advance(point, d, product, e, beta)
         s, y, *_ = point.values
         inner = laid_like(self._pull_through(point, product, 1), s)
         change, y_new, norm = _room(s), _room(s), torch.empty_like(_row(s)[:, 0])
-        d, e = laid_like(d, s), laid_like(e, s)
-        point.between.nudge(
-            _row(s), _row(y), _row(d), 0.0, _row(inner), _row(e), _row(change), _row(y_new), norm
-        )
+        laid = laid_like(d, s)
+        if beta and laid is not d:
+            d.add_(e, alpha=beta)
+            laid, beta = laid_like(d, s), 0.0
+        rows = [_row(t) for t in (inner, laid_like(e, s), change, y_new)]
+        point.between.nudge(_row(s), _row(y), _row(laid), beta, *rows, norm)
         return self._pushed(point, change), self._moved_to(point, y_new), norm
 
     def _shaped(self, y: Tensor) -> list[Tensor]:

@@ -51,6 +51,10 @@ class Layer(ABC):
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
         """Returns ``scale sum_n e_n a_n^T`` over the batch, with the shape of the weight."""
 
+    def gradients(self, a: Tensor, e: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        """Returns the same, and the bias's gradient where that comes along with it."""
+        return self.weight_gradient(a, e, scale), None
+
     @abstractmethod
     def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Returns activity ``(N, in)`` and error ``(N, out)``, whose ``e^T a`` is the gradient."""
@@ -154,6 +158,10 @@ class Conv2d(Layer):
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
         return self._backward(a, e, self.weight, (False, True, False))[1].mul_(scale)
 
+    def gradients(self, a: Tensor, e: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        _, weight, bias = self._backward(a, e, self.weight, (False, True, True))
+        return weight.mul_(scale), bias.mul_(scale)
+
     def rows(self, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         return self._patches(a).mT.flatten(0, 1), self.errors(e)
 
@@ -201,18 +209,9 @@ class Conv2d(Layer):
     ) -> list[Tensor]:
         m = self.module
         return torch.ops.aten.convolution_backward(
-            e,
-            a,
-            weight,
-            None,
-            m.stride,
-            m.padding,
-            m.dilation,
-            False,
-            (0, 0),
-            m.groups,
-            wanted,
-        )
+            e, a, weight, [m.out_channels], m.stride, m.padding, m.dilation, False, (0, 0),
+            m.groups, wanted,
+        )  # fmt: skip
 
 
 def layer_of(module: nn.Module) -> Layer | None:

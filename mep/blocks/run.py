@@ -110,15 +110,17 @@ class Run:
             forces below.
         """
         displacements, moved, squares = [], [], d.new_zeros(len(d))
+        share = 0.0  # of its error, which a displacement gets while it is in the cache
         arguments = zip(self.blocks, points, below, above, products, strict=True)
         for i, (block, before, e_below, e_above, pulled) in enumerate(arguments, self.start):
-            delta, point, norm = block.advance(before, d, pulled, e_below)
-            d = delta.add_(e_above, alpha=beta)
+            d, point, norm = block.advance(before, d, pulled, e_below, share)
+            share = beta
             displacements.append(d)
             moved.append(point)
             squares.addcmul_(norm, norm)
             if visit is not None:
                 visit(i, point, e_above)
+        d.add_(above[-1], alpha=beta)
         return displacements, moved, squares
 
     def signals(self, points: list[Any], above: list[Tensor], scale: float) -> Iterator[Signal]:

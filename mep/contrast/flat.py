@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mep.blocks import sample_norm
 from mep.contrast.estimate import Estimate
 from mep.contrast.layers import Layers, Parameters
 from mep.contrast.segments import Mark, Segments, Span
@@ -191,20 +190,17 @@ class Flat:
         swept = captured.sweep(a, self._goal(target, captured.output), share, given, most)
         if swept is None:
             return None
-        loss = torch.scalar_tensor(swept.loss, dtype=a.dtype, device=a.device)
-        if isinstance(self.how.settler, Limit):
-            own = sample_norm(captured.gradient)
-            found = Estimate(loss, Residual(own.sign(), own), 0, LIMIT, swept.beta)
-        else:
-            end = self._nudged(captured, swept.end)
-            if end is None:
+        settler, end, steps, status = self.how.settler, swept.end, 0, LIMIT
+        if not isinstance(settler, Limit):
+            settled = self._nudged(captured, swept.end)
+            if settled is None:
                 return None
-            swung, steps = end
-            balance = Residual(swung.residual, swung.nudge)
-            status = verdict(swung.total, swung.median, self.how.settler.tol)
+            end, steps = settled
+            status = verdict(end.total, end.median, settler.tol)
             if status == DIVERGED:
                 return None
-            found = Estimate(loss, balance, steps, status, swept.beta)
+        balance = Residual(end.residual, end.nudge)
+        found = Estimate(swept.loss, balance, steps, status, swept.beta)
         if swept.learned or captured.most <= torch.finfo(a.dtype).max:
             return Swept(found, captured, swept.learned)
         return None
@@ -230,12 +226,12 @@ class Flat:
             return LIMITED
         return SWEEPS if self._room.further else SWEEP
 
-    def _nudged(self, captured: Captured, first: Swung | None) -> tuple[Swung, int] | None:
+    def _nudged(self, captured: Captured, first: Swung) -> tuple[Swung, int] | None:
         """Settles the nudged phase, as the settling loop does.
 
         Args:
             captured: where.
-            first: what the first sweep has left to settle; None where there was none.
+            first: what the first sweep has left to settle.
 
         Returns:
             What is left to settle, and how many sweeps or steps it took; None if there is no room
@@ -243,8 +239,7 @@ class Flat:
         """
         settler = self.how.settler
         if isinstance(settler, GradientDescent):
-            return self._downhill(captured, settler)
-        assert first is not None
+            return self._downhill(captured, first, settler)
         found, sweeps = first, 1
         while sweeps < settler.max_steps and not may_stop(settler, [found.median]):
             if captured.settling == SWEEP:
@@ -253,13 +248,15 @@ class Flat:
             found, sweeps = captured.again(), sweeps + 1
         return found, sweeps
 
-    def _downhill(self, captured: Captured, settler: GradientDescent) -> tuple[Swung, int] | None:
+    def _downhill(
+        self, captured: Captured, first: Swung, settler: GradientDescent
+    ) -> tuple[Swung, int] | None:
         """Goes downhill; None also where layers get no signal, which the reference warns of."""
         captured.begin(settler.lr, settler.momentum)
         found, steps = None, 0
         if settler.tol is None:
             found, steps = captured.relax(settler.max_steps), settler.max_steps
-        history = [float(sample_norm(captured.gradient).sign().median())]
+        history = [float(first.residual.median())]
         while steps < settler.max_steps and not may_stop(settler, history):
             found, steps = captured.relax(1), steps + 1
             history.append(found.median)

@@ -22,6 +22,10 @@ from mep.kernels.whole import FOUND, LEARNED, TERMS, whole
 __all__ = ["Captured", "Swept", "Swung"]
 
 
+# Samples for which there is room for what is left to settle, made at once.
+_ROOMS = 2**12
+
+
 class Swung(NamedTuple):
     """What a sweep or some steps leave to settle.
 
@@ -42,15 +46,15 @@ class Swept(NamedTuple):
     """What a sweep leaves, or the free phase and the errors' way down alone.
 
     Attributes:
-        loss: batch mean of the cost.
+        loss: batch mean of the cost, a scalar.
         beta: strength of the nudge.
-        end: of the nudged sweep; None where there was none.
+        end: of the nudged sweep; of the free states, as if they were settled, where there was none.
         learned: whether the step has been taken to its end.
     """
 
-    loss: float
+    loss: Tensor
     beta: float
-    end: Swung | None
+    end: Swung
     learned: bool
 
 
@@ -119,10 +123,11 @@ class Captured:
         self.output, self.gradient = states[-1], self._room(widths[-1])
         self._loss = self._room(1).view(-1)
         self._sums = np.zeros((0, SUMS))
-        # Squares of all errors, of the sweep taken last; of the input; and of all activities, of the
-        # nudged states once there are some.
+        # Squares of all errors, of the sweep taken last; of the input; and of all activities, of
+        # the nudged states once there are some.
         self._squares = self._entering = self._active = 0.0
         self._left = empty(0), empty(0)
+        self._rooms_left: list[tuple[Tensor, Tensor, Tensor]] = []
         self._beta, self.numbers = self._doubles(3), self._doubles(2, depth, NUMBERS)
         self._terms, self._found = self._doubles(TERMS), self._doubles(FOUND)
         self._job.set(
@@ -158,18 +163,17 @@ class Captured:
         terms = share, beta, nudged, most
         if terms != self._asked:
             self._terms[:] = self._asked = terms
-        if nudged:
-            self._make_room()
+        loss = self._make_room()
+        self._job.array[AT.mean] = loss.data_ptr()
         self._call(whole, 4)
         stage, beta, median, *sums = self._found.tolist()
         if not stage:
             return None
-        top, below, self._entering, self._active, loss, total = sums
+        top, below, self._entering, self._active, _, total = sums
         self._squares = top + below
         if stage == LEARNED:
             self._batch_in_use = ()
-        end = Swung(*self._left, median, total) if nudged else None
-        return Swept(loss / self._batch, beta, end, stage == LEARNED)
+        return Swept(loss, beta, Swung(*self._left, median, total), stage == LEARNED)
 
     @property
     def most(self) -> float:
@@ -201,11 +205,21 @@ class Captured:
         """Returns whether the output has an error, and some layer below has none at all."""
         return bool(self.top.any()) and not all(bool(e.any()) for e in self._errors)
 
-    def _make_room(self) -> None:
-        """Makes room for what is left to settle: the last phase's belongs to others."""
-        room = self.gradient.new_empty(2, self._batch)
-        self._left = residual, nudge = room.unbind()
-        self._job.array[AT.residual], self._job.array[AT.strength] = residual.data_ptr(), nudge.data_ptr()
+    def _make_room(self) -> Tensor:
+        """Makes room for what is left to settle, and for a loss: the last step's belong to others.
+
+        For some steps at once, which takes hardly longer than for one.
+        """
+        if not self._rooms_left:
+            block = self.gradient.new_empty(1 + _ROOMS // self._batch, 2 * self._batch + 1)
+            parts = block.split([self._batch, self._batch, 1], 1)
+            losses = parts[2].flatten().unbind()
+            self._rooms_left = [*zip(parts[0].unbind(), parts[1].unbind(), losses, strict=True)]
+        residual, nudge, loss = self._rooms_left.pop()
+        self._left = residual, nudge
+        array = self._job.array
+        array[AT.residual], array[AT.strength] = residual.data_ptr(), nudge.data_ptr()
+        return loss
 
     def _sweep(self, loop: Any, passes: int) -> Swung:
         top, below, _, self._active, _, total = self._run(loop, passes)

@@ -24,10 +24,10 @@ __all__ = ["AT", "HEAD", "NUMBERS", "SUMS", "TABLES", "Job", "addresses", "empty
 # Sizes; addresses of the input, the target, and results per sample; room for one thread after the
 # other, of `most` numbers a sample; the foot's displacement, 0 without a foot, and the top's;
 # what is no whole number; how many steps are taken at once; and, of a whole step, on what terms it
-# goes on, and what it has found.
+# goes on, what it has found, and where the mean cost belongs.
 _OWN = ("depth", "inputs", "squared", "x", "target", "loss", "gradient", "nudged", "residual",
         "strength", "most", "change", "moved", "norm", "forces", "enters", "leaves", "sums", "beta",
-        "numbers", "steps", "terms", "found")  # fmt: skip
+        "numbers", "steps", "terms", "found", "mean")  # fmt: skip
 HEAD = COMMON + len(_OWN)
 # Where they stand.
 AT = namedtuple("Places", ("sgemm", "batch", *_OWN))(SGEMM, BATCH, *range(COMMON, HEAD))

@@ -61,12 +61,14 @@ def native() -> Native | None:
 def _found(library: ctypes.CDLL, sgemm: Any) -> Native:
     names = ("MKL_Set_Num_Threads_Local", "omp_get_thread_num", "omp_get_num_threads",
              "GOMP_barrier", "GOMP_parallel")  # fmt: skip
-    *known, parallel = (getattr(library, name, None) for name in names)
-    if parallel is None or None in known:
-        return Native(_address(sgemm), 0, 0, 0, 0, None)  # a product takes all threads by itself
+    try:
+        limit, place, team, wait, parallel = (getattr(library, name) for name in names)
+    except AttributeError:  # a product takes all threads by itself
+        return Native(_address(sgemm), 0, 0, 0, 0, None)
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-    return Native(_address(sgemm), *map(_address, known), parallel)
+    own = [_address(function) for function in (sgemm, limit, place, team, wait)]
+    return Native(*own, parallel)
 
 
 def _address(function: Any) -> int:

@@ -3,10 +3,10 @@
 All of it is *falling*, free phase, cost, and the errors' way down; *rising*, the nudged sweep and
 its residual; *learning*, the contrast, straight into momenta or weights: ``whole`` calls them. A
 segment is walked through by *ascend*, the free phase alone; *descend*, the free phase and the
-errors' way down; *climb*, both and the nudged sweep; and *learn*. A job has numbers of its own after the common ones, ``HEAD`` in all,
-and then tables with one entry for every layer, ``TABLES``. A layer's state, and what there is of
-it, is ``(B, width)``. A segment above the first one has its *foot* in the place of a first layer:
-a state that is given, and no weight.
+errors' way down; *climb*, both and the nudged sweep; and *learn*. A job has numbers of its own
+after the common ones, ``HEAD`` in all, and then tables with one entry for every layer, ``TABLES``.
+A layer's state, and what there is of it, is ``(B, width)``. A segment above the first one has its
+*foot* in the place of a first layer: a state that is given, and no weight.
 """
 
 # numba gives functions other signatures than they are written with.

@@ -18,7 +18,7 @@ from numba import njit
 from mep.kernels.cpu import doubles, floats
 from mep.kernels.job import AT, SUMS, lane_sums, read, total
 from mep.kernels.perceptron import falling, learning, rising
-from mep.kernels.team import alone, as_before, lane, wait
+from mep.kernels.team import alone, as_before, lane, share, wait
 
 __all__ = ["FOUND", "LEARNED", "TERMS", "whole"]
 
@@ -80,6 +80,22 @@ def _largest(head):
     return math.sqrt(errors * (activities + head[AT.batch]))
 
 
+@njit(inline="always")
+def _unmoved(head, tables):
+    """The nudge at the free states, which is all that is left to settle there."""
+    lo, rows = share(head, head[AT.batch])
+    n = tables[0][head[AT.depth] - 1]
+    gradient = numba.carray(floats(head[AT.gradient] + 4 * lo * n), (rows, n))
+    residual = numba.carray(floats(head[AT.residual] + 4 * lo), (rows,))
+    nudge = numba.carray(floats(head[AT.strength] + 4 * lo), (rows,))
+    for b in range(rows):
+        squares = 0.0
+        for j in range(n):
+            squares += gradient[b, j] * gradient[b, j]
+        nudge[b] = math.sqrt(squares)
+        residual[b] = 0.0 if squares == 0 else 1.0
+
+
 def whole(job):
     """Free phase, errors down, the nudged sweep; and learns, where that has settled."""
     head, tables = read(job)
@@ -92,12 +108,16 @@ def whole(job):
     beta, residual = _strength(head, share_, given), 0.0
     # What is not finite in the squares of errors, activities or the input is not in the bound.
     sound = math.isfinite(total(head, 4)) and math.isfinite(_largest(head))
-    if sound and nudged != 0:
+    if nudged == 0:
+        _unmoved(head, tables)
+    elif sound:
         rising(head, tables, numba.float32(beta))
         wait(head)
         if first:
             finite = math.isfinite(total(head, 5))
-            found[2] = _median(head[AT.residual], head[AT.norm], head[AT.batch]) if finite else math.nan
+            found[2] = (
+                _median(head[AT.residual], head[AT.norm], head[AT.batch]) if finite else math.nan
+            )
         wait(head)
         residual = found[2]
     learns = sound and residual <= most and _largest(head) <= _MOST
@@ -106,6 +126,7 @@ def whole(job):
     if first:
         numba.carray(doubles(head[AT.beta]), (1,))[0] = beta
         found[0], found[1] = (LEARNED if learns else _SETTLED) if sound else _UNSOUND, beta
+        numba.carray(floats(head[AT.mean]), (1,))[0] = total(head, 4) / head[AT.batch]
         for which in range(SUMS):
             found[3 + which] = total(head, which)
     as_before(head, before)

@@ -118,9 +118,7 @@ class FlatSteps:
             return None
         return parameters
 
-    def _momenta(
-        self, groups: Sequence[dict[str, Any]], state: States
-    ) -> list[int | None] | None:
+    def _momenta(self, groups: Sequence[dict[str, Any]], state: States) -> list[int | None] | None:
         """Returns what ``momenta`` does, looked up again where any has become another."""
         seen: list[Any] = [bool(group["momentum"]) for group in groups]
         buffers = [own.get("momentum_buffer") for own in state.values()]
