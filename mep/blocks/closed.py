@@ -132,15 +132,15 @@ class ClosedBlock(Block):
         if layer is None:
             return
         weight, bias = layer.weight, layer.bias
-        learns = bias is not None and bias.requires_grad
-        gradients = _Gradients(layer, a, e, scale, learns)
+        bias = bias if bias is not None and bias.requires_grad else None
+        gradients = _Gradients(layer, a, e, scale, bias is not None)
         several = e.dim() > 2  # positions per sample
         if weight.requires_grad:
             rows = partial(layer.rows, a, e) if layer.is_product else None
             each = partial(layer.sample_gradients, a, e) if several else None
             squares = partial(layer.sample_squares, a, e) if several else None
             yield Signal(weight, scale, samples, gradients.weight, rows, each, squares)
-        if learns:
+        if bias is not None:
             rows = partial(layer.bias_rows, e)
             each = partial(layer.sample_bias_gradients, e) if several else None
             yield Signal(bias, scale, samples, gradients.bias, rows, each)

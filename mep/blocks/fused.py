@@ -88,8 +88,10 @@ class FusedBlock(ClosedBlock):
         if beta and laid is not d:
             d.add_(e, alpha=beta)
             laid, beta = laid_like(d, s), 0.0
-        rows = [_row(t) for t in (inner, laid_like(e, s), change, y_new)]
-        point.between.nudge(_row(s), _row(y), _row(laid), beta, *rows, norm)
+        inner, e = _row(inner), _row(laid_like(e, s))
+        point.between.nudge(
+            _row(s), _row(y), _row(laid), beta, inner, e, _row(change), _row(y_new), norm
+        )
         return self._pushed(point, change), self._moved_to(point, y_new), norm
 
     def _shaped(self, y: Tensor) -> list[Tensor]:

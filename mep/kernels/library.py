@@ -67,8 +67,8 @@ def _found(library: ctypes.CDLL, sgemm: Any) -> Native:
         return Native(_address(sgemm), 0, 0, 0, 0, None)
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-    own = [_address(function) for function in (sgemm, limit, place, team, wait)]
-    return Native(*own, parallel)
+    sgemm, limit, place, team, wait = map(_address, (sgemm, limit, place, team, wait))
+    return Native(sgemm, limit, place, team, wait, parallel)
 
 
 def _address(function: Any) -> int:
