@@ -7,7 +7,7 @@ themselves, and every derivative comes from a graph that lives no longer than th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +18,27 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from mep.blocks.block import Block
+from mep.blocks.block import Block, sample_norm
 from mep.blocks.layers import Layer, layer_of
 from mep.blocks.randomness import random_state, replayed
 from mep.curvature import Signal
 
 __all__ = ["LocalBlock"]
+
+
+@dataclass
+class _Learned:
+    """What one backward pass through a block has found.
+
+    Attributes:
+        error: the error that was sent through.
+        gradients: of the parameters that learn, None for one that had no part.
+        layers: inner weights with a closed form that were used once, by id: those with ``rows``.
+    """
+
+    error: Tensor
+    gradients: Sequence[Tensor | None]
+    layers: set[int]
 
 
 @dataclass
@@ -35,11 +50,15 @@ class _Point:
         rng: the random state in front of the evaluation if it drew numbers, else None. Every
             later evaluation of the step starts from it, so that all phases share one mask.
         buffers: the buffers as the free evaluation left them, committed once per step.
+        prediction: ``f(s)``, where it is known.
+        learned: what a backward pass has found, if there was one.
     """
 
     state: Tensor
     rng: Tensor | None
     buffers: dict[str, Tensor]
+    prediction: Tensor | None = None
+    learned: _Learned | None = None
 
 
 class LocalBlock(Block):
@@ -59,12 +78,13 @@ class LocalBlock(Block):
     def predict(self, s: Tensor) -> tuple[Tensor, _Point]:
         # A recorded subgraph's own flag is as old as the recording: its children's count.
         if not any(m.training for top in self.modules for m in top.modules()):
-            return self._body(_copy(s)), _Point(s, None, {})
+            out = self._body(_copy(s))
+            return out, _Point(s, None, {}, out.detach())
         buffers = self._copy_buffers()
         before = random_state(s.device)
         out = functional_call(self._body, buffers, (_copy(s),))
         drew = not torch.equal(before, random_state(s.device))
-        return out, _Point(s, before if drew else None, buffers)
+        return out, _Point(s, before if drew else None, buffers, out.detach())
 
     def product(self, point: _Point, e: Tensor) -> Tensor:
         return e
@@ -86,23 +106,55 @@ class LocalBlock(Block):
             delta = self._evaluate(point, s + d) - self._evaluate(point, s)
         return delta.to(s.dtype), _Point(s + d, point.rng, point.buffers)
 
+    def advance(
+        self, point: _Point, d: Tensor, product: Tensor, e: Tensor, beta: float = 0.0
+    ) -> tuple[Tensor, _Point, Tensor]:
+        f = point.prediction
+        if f is None or f.dtype not in (torch.float32, torch.float64):
+            return super().advance(point, d, product, e, beta)
+        # What is sent up moves a state, which has no more digits than the prediction: to subtract
+        # two of these will do. And what learns is told the same error, so that one graph serves.
+        if beta:
+            d.add_(e, alpha=beta)
+        moved = _Point(point.state + d, point.rng, point.buffers)
+        out, pulled = self._learn(moved, product, pull=True)
+        assert pulled is not None
+        return out - f, moved, sample_norm(pulled - e)
+
     def signals(self, point: _Point, e: Tensor, scale: float) -> Iterator[Signal]:
-        wanted = [p for p in self._body.parameters() if p.requires_grad]
-        if not wanted:
+        if not self._learning():
             return
-        with torch.enable_grad(), _watched(self._body) as seen:
-            out = self._evaluate(point, point.state)
-            inner = [output for _, _, output in seen]
-            found = torch.autograd.grad(out, wanted + inner, e, allow_unused=True)
-        rows = _rows(seen, found[len(wanted) :])
-        each = _Each(partial(self._evaluate, point, point.state), wanted, e)
-        for parameter, gradient in zip(wanted, found, strict=False):
+        if point.learned is None or point.learned.error is not e:
+            self._learn(point, e, pull=False)
+        assert point.learned is not None
+        evaluate, layers = partial(self._evaluate, point, point.state), point.learned.layers
+        wanted, rows = self._learning(), _Rows(self._body, evaluate, e)
+        each = _Each(evaluate, wanted, e)
+        for parameter, gradient in zip(wanted, point.learned.gradients, strict=True):
             if gradient is not None:
                 # autograd may hand out one tensor twice (for x + (a + b)): everyone gets his own
                 form = partial(torch.mul, gradient.contiguous(), scale)
-                inner_rows = rows.get(id(parameter))
+                inner = partial(rows.of, parameter) if id(parameter) in layers else None
                 alone = partial(each.of, parameter)
-                yield Signal(parameter, scale, e.shape[0], form, inner_rows, alone, formed=True)
+                yield Signal(parameter, scale, e.shape[0], form, inner, alone, formed=True)
+
+    def _learning(self) -> list[nn.Parameter]:
+        return [p for p in self._body.parameters() if p.requires_grad]
+
+    def _learn(self, point: _Point, e: Tensor, *, pull: bool) -> tuple[Tensor, Tensor | None]:
+        """Sends an error through the block, once; the point keeps what is learned from it.
+
+        Returns:
+            The prediction, and ``J^T e`` if that is wanted.
+        """
+        s, wanted = point.state.detach(), self._learning()
+        with torch.enable_grad(), _watched(self._body, _uses_of) as uses:
+            out = self._evaluate(point, s.requires_grad_(pull))
+            below = [s] if pull else []
+            found = torch.autograd.grad(out, [*below, *wanted], e, allow_unused=True)
+        once = {key for key, count in Counter(map(id, uses)).items() if count == 1}
+        point.learned = _Learned(e, found[len(below) :], once)
+        return out.detach(), found[0] if pull else None
 
     def commit(self, point: _Point) -> None:
         own = dict(self._body.named_buffers())
@@ -159,24 +211,66 @@ class _Each:
         return {key: torch.stack(values) for key, values in found.items()}
 
 
-_Seen = list[tuple[Layer, Tensor, Tensor]]
+class _Rows:
+    """Activity and error of inner weights, by one more pass through the block.
+
+    Args:
+        body: the block's modules.
+        evaluate: returns the block's output, ``(B, *out)``.
+        e: the error, ``(B, *out)``.
+    """
+
+    def __init__(self, body: nn.Module, evaluate: Callable[[], Tensor], e: Tensor) -> None:
+        self._body, self._evaluate, self._e = body, evaluate, e
+        self._found: dict[int, Callable[[], tuple[Tensor, Tensor]]] | None = None
+
+    def of(self, weight: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """Returns those of one weight, which is used once."""
+        if self._found is None:  # all of them are asked for one after another
+            with torch.enable_grad(), _watched(self._body, _kept_of) as seen:
+                out = self._evaluate()
+                outputs = [output for _, _, output in seen]
+                errors = torch.autograd.grad(out, outputs, self._e, materialize_grads=True)
+            self._found = {
+                id(layer.weight): partial(layer.rows, a, e)
+                for (layer, a, _), e in zip(seen, errors, strict=True)
+            }
+        return self._found[id(weight)]()
+
+
+_Note = Callable[[Layer, tuple, dict[str, Any], Tensor], tuple[Any, Tensor]]
+
+
+def _uses_of(
+    layer: Layer, given: tuple, named: dict[str, Any], output: Tensor
+) -> tuple[nn.Parameter, Tensor]:
+    """Which weight is used."""
+    return layer.weight, output
+
+
+def _kept_of(
+    layer: Layer, given: tuple, named: dict[str, Any], output: Tensor
+) -> tuple[tuple[Layer, Tensor, Tensor], Tensor]:
+    """Layer, input and output; what follows may write over the output, and gets a copy."""
+    return (layer, (given[0] if given else named["input"]).detach(), output), output.clone()
 
 
 @contextmanager
-def _watched(body: nn.Module) -> Iterator[_Seen]:
-    """Notes layer, input and output of every inner weight that has a closed form."""
-    seen: _Seen = []
+def _watched(body: nn.Module, note: _Note) -> Iterator[list[Any]]:
+    """Takes notes whenever an inner weight that has a closed form is used."""
+    seen: list[Any] = []
 
     def watch(module: nn.Module) -> RemovableHandle | None:
         layer = layer_of(module)
         if layer is None or not layer.is_product or not layer.weight.requires_grad:
             return None
 
-        def note(_: nn.Module, given: tuple, named: dict[str, Any], output: Any) -> Any:
-            seen.append((layer, (given[0] if given else named["input"]).detach(), output))
-            return output.clone()  # what follows may write over it
+        def hook(_: nn.Module, given: tuple, named: dict[str, Any], output: Any) -> Any:
+            noted, output = note(layer, given, named, output)
+            seen.append(noted)
+            return output
 
-        return module.register_forward_hook(note, with_kwargs=True)
+        return module.register_forward_hook(hook, with_kwargs=True)
 
     handles = [watch(module) for module in body.modules()]
     try:
@@ -185,18 +279,6 @@ def _watched(body: nn.Module) -> Iterator[_Seen]:
         for handle in handles:
             if handle is not None:
                 handle.remove()
-
-
-def _rows(
-    seen: _Seen, errors: tuple[Tensor | None, ...]
-) -> dict[int, Callable[[], tuple[Tensor, Tensor]]]:
-    """Activity and error of every inner weight that was used once, by the weight's id."""
-    uses = Counter(id(layer.weight) for layer, _, _ in seen)
-    return {
-        id(layer.weight): partial(layer.rows, a, e)
-        for (layer, a, _), e in zip(seen, errors, strict=True)
-        if e is not None and uses[id(layer.weight)] == 1
-    }
 
 
 def _copy(s: Tensor) -> Tensor:
