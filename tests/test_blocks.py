@@ -20,7 +20,8 @@ from problems import (
 from torch import nn
 
 import mep
-from mep.blocks.local import LocalBlock
+from mep.blocks import Block
+from mep.blocks.local import LocalBlock, _Point
 
 # One product in float32 and its double: the rounding of the float32 matrix product alone.
 SINGLE = 1e-5
@@ -285,3 +286,58 @@ def test_misfit_input_names_the_block():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(5, 2))
     with pytest.raises(ValueError, match=r"block `2` \(Tanh > Linear\(5, 2\)\).*shape \(2, 4\)"):
         mep.free_states(model, torch.randn(2, 3))
+
+
+# --- local autograd: one graph at the nudged states ----------------------------------------------
+
+
+def attention(dtype):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=True)
+    block = LocalBlock("layer", [layer.to(dtype)])
+    s, d, e, below = (torch.randn(5, 3, 8, dtype=dtype) for _ in range(4))
+    return block, block.predict(s.detach())[1], d, e, below
+
+
+def asked(block, monkeypatch):
+    """What a block runs: the type of every evaluation's input."""
+    found, original = [], block._evaluate
+
+    def noting(point, s):
+        found.append(s.dtype)
+        return original(point, s)
+
+    monkeypatch.setattr(block, "_evaluate", noting)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_local_block_advances_as_the_reference_does(dtype, monkeypatch):
+    block, point, d, e, below = attention(dtype)
+    before = d.sub(below, alpha=0.3)
+    runs = asked(block, monkeypatch)
+    delta, moved, norm = block.advance(point, before, e, below, 0.3)
+    found = [delta, norm, *(signal.form() for signal in block.signals(moved, e, 0.5))]
+    assert runs == [dtype]
+    truth = Block.advance(block, point, d, e, below)
+    again = _Point(moved.state, None, {})
+    truth = [*truth[::2], *(signal.form() for signal in block.signals(again, e, 0.5))]
+    close = SINGLE if dtype == torch.float32 else EXACT
+    assert len(found) > 10 and all(
+        distance([a], [b]) < close for a, b in zip(found, truth, strict=True)
+    )
+    # Another error than the force's is sent through for itself.
+    runs.clear()
+    other = [signal.form() for signal in block.signals(moved, 2 * e, 0.5)]
+    assert runs == [dtype]
+    assert all(distance([a], [2 * b]) < close for a, b in zip(other, truth[2:], strict=True))
+
+
+@torch.no_grad()
+def test_local_block_turns_to_double_precision_for_a_small_nudge(monkeypatch):
+    block, point, d, e, below = attention(torch.float32)
+    runs = asked(block, monkeypatch)
+    delta, *_ = block.advance(point, 1e-6 * d, e, below)
+    assert runs == [torch.float32, torch.float64, torch.float64]
+    assert torch.equal(delta, block.difference(point, 1e-6 * d)[0])

@@ -426,6 +426,22 @@ def test_room_for_further_sweeps_is_made_when_it_is_needed(taken):
     assert opt.last.sweeps == 1 and not opt.room.further and all(taken)
 
 
+def test_what_one_sweep_settles_learns_in_the_same_call(monkeypatch):
+    """Once there are momenta, and unless somebody looks on."""
+    from mep.kernels.captured import Captured
+
+    apart, original = [], Captured.learn
+    monkeypatch.setattr(Captured, "learn", lambda self: apart.append(self) or original(self))
+    for options, steps in (({}, 1), ({"momentum": 0.0}, 0), (STRONG, 4), ({"beta": 0.02}, 1)):
+        opt = optimizer(Case(options=options), net())
+        apart.clear()
+        for _ in range(3):
+            opt.step(**batch())
+        with mep.memory.track():
+            opt.step(**batch())
+        assert len(apart) == min(steps + 1, 4)
+
+
 def test_default_dtype_is_no_matter(taken):
     model, each, before = net(), batch(), torch.get_default_dtype()
     twin = copy.deepcopy(model)

@@ -187,23 +187,23 @@ class Flat:
         self, captured: Captured, a: Tensor, target: Tensor, nudge: float | AutoBeta, most: float
     ) -> Swept | None:
         share, given = (nudge.c, 0.0) if isinstance(nudge, AutoBeta) else (0.0, nudge)
-        swept = captured.sweep(a, self._goal(target, captured.output), share, given, most)
-        if swept is None:
+        first = captured.sweep(a, self._goal(target, captured.output), share, given, most)
+        if first is None:
             return None
-        settler, end, steps, status = self.how.settler, swept.end, 0, LIMIT
+        settler, end, steps, status = self.how.settler, first.end, 0, LIMIT
         if not isinstance(settler, Limit):
-            settled = self._nudged(captured, swept.end)
+            settled = self._nudged(captured, end)
             if settled is None:
                 return None
             end, steps = settled
             status = verdict(end.total, end.median, settler.tol)
-            if status == DIVERGED:
-                return None
+        if status == DIVERGED:
+            return None
+        if not first.learned and captured.most > torch.finfo(a.dtype).max:
+            return None
         balance = Residual(end.residual, end.nudge)
-        found = Estimate(swept.loss, balance, steps, status, swept.beta)
-        if swept.learned or captured.most <= torch.finfo(a.dtype).max:
-            return Swept(found, captured, swept.learned)
-        return None
+        found = Estimate(first.loss, balance, steps, status, first.beta)
+        return Swept(found, captured, first.learned)
 
     def _goal(self, target: Tensor, output: Tensor) -> Tensor:
         """Returns the target as the compiled cost takes it."""

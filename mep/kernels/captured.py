@@ -19,7 +19,7 @@ from mep.kernels.perceptron import learn
 from mep.kernels.team import call
 from mep.kernels.whole import FOUND, LEARNED, TERMS, whole
 
-__all__ = ["Captured", "Swept", "Swung"]
+__all__ = ["Captured", "First", "Swung"]
 
 
 # Samples for which there is room for what is left to settle, made at once.
@@ -42,8 +42,8 @@ class Swung(NamedTuple):
     total: float
 
 
-class Swept(NamedTuple):
-    """What a sweep leaves, or the free phase and the errors' way down alone.
+class First(NamedTuple):
+    """What the first sweep leaves, or the free phase and the errors' way down alone.
 
     Attributes:
         loss: batch mean of the cost, a scalar.
@@ -142,7 +142,7 @@ class Captured:
 
     def sweep(
         self, x: Tensor, target: Tensor, share: float, beta: float, most: float
-    ) -> Swept | None:
+    ) -> First | None:
         """Runs free phase and backward sweep, the first nudged sweep, and learns if told to.
 
         Args:
@@ -173,7 +173,7 @@ class Captured:
         self._squares = top + below
         if stage == LEARNED:
             self._batch_in_use = ()
-        return Swept(loss, beta, Swung(*self._left, median, total), stage == LEARNED)
+        return First(loss, beta, Swung(*self._left, median, total), stage == LEARNED)
 
     @property
     def most(self) -> float:
