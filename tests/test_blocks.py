@@ -291,9 +291,10 @@ def test_misfit_input_names_the_block():
 # --- local autograd: one graph at the nudged states ----------------------------------------------
 
 
-def attention(dtype):
+def attention(dtype, dropout=0.0, frozen=False):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=True)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout, batch_first=True, norm_first=True)
+    layer.linear1.weight.requires_grad_(not frozen)
     block = LocalBlock("layer", [layer.to(dtype)])
     s, d, e, below = (torch.randn(5, 3, 8, dtype=dtype) for _ in range(4))
     return block, block.predict(s.detach())[1], d, e, below
@@ -313,25 +314,39 @@ def asked(block, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_local_block_advances_as_the_reference_does(dtype, monkeypatch):
-    block, point, d, e, below = attention(dtype)
-    before = d.sub(below, alpha=0.3)
+@pytest.mark.parametrize("more", [{}, {"dropout": 0.3}, {"frozen": True}], ids=str)
+def test_local_block_advances_as_the_reference_does(dtype, more, monkeypatch):
+    block, point, d, e, below = attention(dtype, **more)
+    assert (point.rng is not None) == ("dropout" in more)
+    moved_by = d.sub(below, alpha=0.3)  # the share of the error is yet to come
     runs = asked(block, monkeypatch)
-    delta, moved, norm = block.advance(point, before, e, below, 0.3)
-    found = [delta, norm, *(signal.form() for signal in block.signals(moved, e, 0.5))]
-    assert runs == [dtype]
-    truth = Block.advance(block, point, d, e, below)
-    again = _Point(moved.state, None, {})
-    truth = [*truth[::2], *(signal.form() for signal in block.signals(again, e, 0.5))]
+    delta, moved, norm = block.advance(point, moved_by, e, below, 0.3)
+    signals = [*block.signals(moved, e, 0.5)]
+    assert runs == [dtype]  # one graph for all of it
     close = SINGLE if dtype == torch.float32 else EXACT
-    assert len(found) > 10 and all(
-        distance([a], [b]) < close for a, b in zip(found, truth, strict=True)
-    )
-    # Another error than the force's is sent through for itself.
+    assert distance([moved_by], [d]) < close
+    truth = Block.advance(block, point, d, e, below)
+    again = _Point(moved.state, point.rng, {})
+    expected = [*block.signals(again, e, 0.5)]
+    assert [id(s.parameter) for s in signals] == [id(s.parameter) for s in expected]
+    assert len(signals) == (11 if "frozen" in more else 12)
+    ours, theirs = ([s.form() for s in found] for found in (signals, expected))
+    pairs = [*zip([delta, norm, *ours], [*truth[::2], *theirs], strict=True)]
+    assert all(distance([a], [b]) < close for a, b in pairs)
+    # Handed out once; another error than the force's is sent through for itself.
     runs.clear()
     other = [signal.form() for signal in block.signals(moved, 2 * e, 0.5)]
     assert runs == [dtype]
-    assert all(distance([a], [2 * b]) < close for a, b in zip(other, truth[2:], strict=True))
+    assert all(distance([a], [2 * b]) < close for a, b in zip(other, theirs, strict=True))
+
+
+@torch.no_grad()
+def test_local_block_keeps_no_gradient_once_it_is_handed_out():
+    block, point, d, e, below = attention(torch.float64)
+    _, moved, _ = block.advance(point, d, e, below)
+    assert moved.learned is not None
+    [*block.signals(moved, e, 0.5)]
+    assert moved.learned is None
 
 
 @torch.no_grad()

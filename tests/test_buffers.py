@@ -1,5 +1,6 @@
 """Memory used again from step to step."""
 
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import mep
-from mep.blocks.buffers import Buffers, give, take
+from mep.blocks.buffers import Buffers, give, made_again, take
 from mep.blocks.closed import ClosedBlock, Point
 from mep.blocks.dense import DensePoint
 
@@ -29,6 +30,41 @@ def test_given_buffer_is_lent_again_at_once():
         give(first)
         assert take(torch.zeros(4)) is first
     assert take(torch.zeros(4)) is None  # outside, torch allocates
+
+
+def test_memory_of_the_step_before_is_free_when_it_is_asked_for_again():
+    """Of operations that write into no buffer: the tensor made last time lives until then."""
+    buffers, alive = Buffers(), []
+
+    def step(key):
+        def make():
+            alive.append(sum(ref() is not None for ref in refs))
+            return torch.zeros(3)
+
+        with buffers.lend():
+            for _ in range(2):
+                refs.append(weakref.ref(made_again(key, make)))
+
+    refs: list[weakref.ref] = []
+    step("one")
+    step("one")
+    assert alive == [0, 1, 1, 1]  # one of them is gone before each
+    step("other")  # of another shape: nothing is freed for it, and what was is at the end
+    assert alive[4:] == [2, 3] and sum(ref() is not None for ref in refs) == 2
+    buffers.clear()
+    assert not any(ref() is not None for ref in refs)
+
+
+@torch.no_grad()
+def test_convolutions_are_made_again():
+    convolutions = nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.ReLU()
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(27, 2))
+    opt = mep.EPOptimizer(model.parameters(), model=model, lr=0.1, settler=mep.Sweep(1, tol=1.0))
+    x, y = torch.randn(4, 1, 7, 7), torch.tensor([0, 1, 1, 0])
+    opt.step(x=x, target=y)
+    made = [t for each in opt._buffers._made_before.values() for t in each]
+    # Two free ones, an error sent down, a displacement sent up.
+    assert [tuple(t.shape) for t in made] == [(4, 3, 5, 5), *[(4, 3, 3, 3)] * 2, (4, 3, 5, 5)]
 
 
 @torch.no_grad()

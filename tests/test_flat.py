@@ -386,6 +386,72 @@ def test_momenta_of_another_kind_are_left_to_the_reference(other, taken):
     assert taken[0] and not any(taken[1:])
 
 
+def test_momenta_of_a_layer_that_has_grown_are_left_to_the_reference(taken):
+    """Addresses are as old as the tensors, whose sizes may be newer."""
+    model = net()
+    opt = optimizer(Case(), model)
+    for _ in range(2):
+        opt.step(**batch())
+    model[2].weight.data, model[2].bias.data = torch.randn(64, 8), torch.randn(64)
+    model[4].weight.data = torch.randn(8, 64)
+    own = opt.state[model[2].weight]["momentum_buffer"]
+    before = own.clone()
+    with contextlib.suppress(RuntimeError):  # torch's own, of tensors that do not fit
+        opt.step(**batch())
+    assert taken[:2] == [True, True] and not any(taken[2:]) and torch.equal(own, before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 128])
+@pytest.mark.parametrize("kind", ["random", "sorted", "reversed", "equal", "ties"])
+def test_median_is_torch_s(count, kind):
+    from mep.kernels.whole import _median
+
+    torch.manual_seed(0)
+    x = {
+        "random": lambda: torch.randn(count),
+        "sorted": lambda: torch.arange(count).float(),
+        "reversed": lambda: -torch.arange(count).float(),
+        "equal": lambda: torch.ones(count),
+        "ties": lambda: torch.randint(3, (count,)).float(),
+    }[kind]()
+    before, room = x.clone(), torch.empty(count)
+    assert _median(x.data_ptr(), room.data_ptr(), count) == float(x.median())
+    assert torch.equal(x, before)
+
+
+@pytest.mark.filterwarnings("ignore:settling diverged")
+@pytest.mark.parametrize("where", ["classes", "state", "nudged"])
+def test_threads_agree_on_what_is_not_sound(where, taken):
+    """None of them waits for one that has given up."""
+    model = net(40, 96, 96, 96, 10, activation=nn.ReLU)
+    settler = mep.Sweep(1, tol=1.0)
+    opt = optimizer(Case(options={"settler": settler, "beta": 1e30}), model)
+    if where != "nudged":  # where all is well until the states are nudged
+        opt = optimizer(Case(options={"settler": settler}), model)
+    x, y = torch.randn(64, 40), torch.randint(0, 10, (64,))
+    if where == "state":
+        x[-1] = 1e38
+    if where == "classes":
+        y[-1] = 10
+    before, threads = flat(model.parameters()).detach().clone(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for _ in range(20):
+            with pytest.raises(ValueError) if where == "classes" else contextlib.nullcontext():
+                opt.step(x=x, target=y)
+            opt.skipped_in_a_row = 0
+    finally:
+        torch.set_num_threads(threads)
+    assert not any(taken) and torch.equal(flat(model.parameters()), before)
+
+
+def test_losses_have_memory_of_their_own():
+    opt = optimizer(Case(), net())
+    losses = [opt.step(**batch()) for _ in range(3)]
+    assert all(loss.untyped_storage().nbytes() == 4 for loss in losses)
+    assert len({loss.data_ptr() for loss in losses}) == 3
+
+
 def test_empty_batches_are_refused(taken):
     opt = optimizer(Case(), net())
     with pytest.raises(ValueError, match="is empty"):

@@ -117,7 +117,7 @@ class Block(ABC):
     def advance(
         self, point: Any, d: Tensor, product: Tensor, e: Tensor, beta: float = 0.0
     ) -> tuple[Tensor, Any, Tensor]:
-        """Takes ``difference``, and looks at the force below while all of it is in the cache.
+        """Takes ``difference``, or one as good, and looks at the force below on the way.
 
         Args:
             point: at the free state.

@@ -7,14 +7,14 @@ write into tensors kept from earlier steps; outside, ``take`` returns None and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Buffers", "Shelf", "give", "lending", "shelf", "take"]
+__all__ = ["Buffers", "Shelf", "give", "lending", "made_again", "shelf", "take"]
 
 
 class Shelf:
@@ -74,6 +74,8 @@ class Buffers:
 
     def __init__(self) -> None:
         self._shelves: dict[tuple, Shelf] = {}
+        self._made: dict[Hashable, list[Tensor]] = {}  # in this step, and in the one before
+        self._made_before: dict[Hashable, list[Tensor]] = {}
 
     @contextmanager
     def lend(self) -> Iterator[None]:
@@ -85,10 +87,19 @@ class Buffers:
             _active.reset(token)
             # Shapes that this step did not ask for (another batch size) are not kept.
             self._shelves = {k: shelf for k, shelf in self._shelves.items() if shelf.close()}
+            self._made, self._made_before = {}, self._made
 
     def clear(self) -> None:
         """Keeps nothing, where steps have come to do without."""
-        self._shelves = {}
+        self._shelves, self._made_before = {}, {}
+
+    def _make(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        before = self._made_before.get(key)
+        if before:
+            before.pop()  # nobody reads it any more
+        made = make()
+        self._made.setdefault(key, []).append(made)
+        return made
 
     def _shelf(self, shape: tuple[int, ...], like: Tensor) -> Shelf:
         key = shape, like.dtype, like.device
@@ -146,6 +157,23 @@ def take(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor | None:
     True
     """
     return shelf(like, shape).take()
+
+
+def made_again(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """Returns a new tensor, in memory of the step before, from an operation without ``out=``.
+
+    What the step before had made by the same operation is freed just before: the allocator then
+    has memory of this size at hand, which the system has not taken back.
+
+    Args:
+        key: what the operation and its shapes are known by.
+        make: the operation.
+
+    >>> made_again("zeros", lambda: torch.zeros(2))
+    tensor([0., 0.])
+    """
+    buffers = _active.get()
+    return make() if buffers is None else buffers._make(key, make)
 
 
 def give(tensor: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mep.blocks.buffers import take
+from mep.blocks.buffers import made_again, take
 from mep.kernels import sample_squares
 
 __all__ = ["Conv2d", "Layer", "Linear", "layer_of"]
@@ -153,7 +153,8 @@ class Conv2d(Layer):
 
     def pull(self, a: Tensor, e: Tensor, weight: Tensor | None = None) -> Tensor:
         weight = self.weight if weight is None else weight
-        return self._backward(a, e, weight, (True, False, False))[0]
+        key = "transposed convolution", a.shape, weight.shape, e.shape
+        return made_again(key, lambda: self._backward(a, e, weight, (True, False, False))[0])
 
     def weight_gradient(self, a: Tensor, e: Tensor, scale: float) -> Tensor:
         return self._backward(a, e, self.weight, (False, True, False))[1].mul_(scale)
@@ -202,7 +203,13 @@ class Conv2d(Layer):
 
     def _convolve(self, a: Tensor, bias: Tensor | None) -> Tensor:
         m = self.module
-        return F.conv2d(a, self.weight, bias, m.stride, m.padding, m.dilation, m.groups)
+        how = m.stride, m.padding, m.dilation, m.groups
+        key = "convolution", a.shape, self.weight.shape, how
+
+        def make() -> Tensor:
+            return F.conv2d(a, self.weight, bias, m.stride, m.padding, m.dilation, m.groups)
+
+        return made_again(key, make)
 
     def _backward(
         self, a: Tensor, e: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]

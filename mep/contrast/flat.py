@@ -145,14 +145,14 @@ class Flat:
             show_use(captured.tensors, "states")
             if teach is not None:
                 teach(captured)
-            swept = self._settled(captured, a, target, beta, self._most if teach else -1.0)
+            swept = self._settled(captured, a, target, beta, self._at_once if teach else -1.0)
         if swept is None and captured.settling != self._settling:  # one was not enough
             del captured  # before there are others
             return self.sweep(x, target, parameters, beta, teach)
         return swept
 
     @property
-    def _most(self) -> float:
+    def _at_once(self) -> float:
         """The median residual up to which a first sweep is the last; negative where it is not."""
         settler = self.how.settler
         if isinstance(settler, GradientDescent):
@@ -184,10 +184,10 @@ class Flat:
         return self._captured
 
     def _settled(
-        self, captured: Captured, a: Tensor, target: Tensor, nudge: float | AutoBeta, most: float
+        self, captured: Captured, a: Tensor, target: Tensor, nudge: float | AutoBeta, at_once: float
     ) -> Swept | None:
         share, given = (nudge.c, 0.0) if isinstance(nudge, AutoBeta) else (0.0, nudge)
-        first = captured.sweep(a, self._goal(target, captured.output), share, given, most)
+        first = captured.sweep(a, self._goal(target, captured.output), share, given, at_once)
         if first is None:
             return None
         settler, end, steps, status = self.how.settler, first.end, 0, LIMIT
@@ -199,7 +199,7 @@ class Flat:
             status = verdict(end.total, end.median, settler.tol)
         if status == DIVERGED:
             return None
-        if not first.learned and captured.most > torch.finfo(a.dtype).max:
+        if not first.learned and captured.largest > torch.finfo(a.dtype).max:
             return None
         balance = Residual(end.residual, end.nudge)
         found = Estimate(first.loss, balance, steps, status, first.beta)

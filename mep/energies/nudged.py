@@ -1,9 +1,9 @@
 """The nudged problem: what a chain, an energy, a cost and a nudging strength ask to be settled.
 
 Everything is a displacement from the free equilibrium. With ``delta_i = f_i(s_{i-1} + d_{i-1}) -
-f_i(s_{i-1})`` formed without cancellation, the errors are ``e_i = d_i - delta_i`` and the forces
-``e_i - J_{i+1}^T e_{i+1}``. The output's own displacement is ``v = d_L - delta_L``; its local
-error is what the output energy makes of it (``v`` itself for the squared error).
+f_i(s_{i-1})`` formed without cancellation that would matter, the errors are ``e_i = d_i - delta_i``
+and the forces ``e_i - J_{i+1}^T e_{i+1}``. The output's own displacement is ``v = d_L - delta_L``;
+its local error is what the output energy makes of it (``v`` itself for the squared error).
 
 Errors are carried per unit of beta: they keep an ordinary size however weak the nudge is.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mep.blocks import sample_norm
+from mep.blocks.buffers import take
 from mep.energies.free import FreePhase
 from mep.energies.outputs import OutputEnergy, Squared
 from mep.settling import Messages, Residual
@@ -139,7 +140,8 @@ class Nudged:
         return self._descend(at, exact_ramps=False)
 
     def forward(self, messages: Messages) -> Configuration:
-        first = torch.mul(messages.errors[0], self.beta)  # nothing moves below the first state
+        lowest = messages.errors[0]  # nothing moves below it
+        first = torch.mul(lowest, self.beta, out=take(lowest))
         if messages.products is None:
             return self._forward_from_errors(messages, first)
         errors, products = messages.errors, messages.products

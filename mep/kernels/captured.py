@@ -176,7 +176,7 @@ class Captured:
         return First(loss, beta, Swung(*self._left, median, total), stage == LEARNED)
 
     @property
-    def most(self) -> float:
+    def largest(self) -> float:
         """Bound on the norm of every gradient at the states settled last."""
         # |G| <= |e| |a| / B, and what is below a bias is 1 for every sample.
         return math.sqrt(self._squares * (self._active + self._entering + self._batch))
@@ -208,13 +208,14 @@ class Captured:
     def _make_room(self) -> Tensor:
         """Makes room for what is left to settle, and for a loss: the last step's belong to others.
 
-        For some steps at once, which takes hardly longer than for one.
+        For some steps at once, which takes hardly longer than for one; losses are often kept, and
+        each has memory of its own.
         """
         if not self._rooms_left:
-            block = self.gradient.new_empty(1 + _ROOMS // self._batch, 2 * self._batch + 1)
-            parts = block.split([self._batch, self._batch, 1], 1)
-            losses = parts[2].flatten().unbind()
-            self._rooms_left = [*zip(parts[0].unbind(), parts[1].unbind(), losses, strict=True)]
+            with torch.inference_mode(False), torch.no_grad():
+                rooms = empty(2, 1 + _ROOMS // self._batch, self._batch)
+                pairs = zip(rooms[0].unbind(), rooms[1].unbind(), strict=True)
+                self._rooms_left = [(residual, nudge, empty()) for residual, nudge in pairs]
         residual, nudge, loss = self._rooms_left.pop()
         self._left = residual, nudge
         array = self._job.array

@@ -214,14 +214,14 @@ def falling(head, tables):
 
 @njit(inline="always")
 def rising(head, tables, beta):
-    """The nudged sweep and its residual, of this thread's samples."""
+    """The nudged sweep and its residual, of this thread's samples; returns activities' squares."""
     lo, rows = share(head, head[AT.batch])
-    sums = lane_sums(head)
-    sums[3] = _nudge_all(head, tables, lo, rows, beta)
+    active = _nudge_all(head, tables, lo, rows, beta)
     d, top = tables[12], head[AT.depth] - 1
     passing = head[AT.moved] + 4 * lo * head[AT.most]
     moved = d[top] + 4 * lo * tables[0][top] if d[top] != 0 else passing
-    sums[5] = finish(head, tables, lo, rows, beta, moved)
+    lane_sums(head)[5] = finish(head, tables, lo, rows, beta, moved)
+    return active
 
 
 @njit(inline="always")

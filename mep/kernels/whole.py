@@ -29,7 +29,7 @@ TERMS = 4
 # threads.
 FOUND = 3 + SUMS
 # It may stop where something is not finite; before anything is learned; or at the end.
-_UNSOUND, _SETTLED, LEARNED = 0.0, 1.0, 2.0
+_UNSOUND, _SWEPT, LEARNED = 0.0, 1.0, 2.0
 _MOST = float(np.finfo(np.float32).max)
 
 
@@ -61,13 +61,13 @@ def _median(values_, room_, count):
 
 
 @njit(inline="always")
-def _strength(head, share, given):
-    """Returns the strength of the nudge, a share of the gain's inverse or given."""
-    if share == 0:
+def _strength(head, relative, given):
+    """Returns the strength of the nudge, a multiple of the gain's inverse or given."""
+    if relative == 0:
         return given
     top = total(head, 0)
     gain = (top + total(head, 1)) / top if top > 0 else math.nan
-    return share / (gain if math.isfinite(gain) and gain > 0 else float(head[AT.depth]))
+    return relative / (gain if math.isfinite(gain) and gain > 0 else float(head[AT.depth]))
 
 
 @njit(inline="always")
@@ -99,20 +99,21 @@ def _unmoved(head, tables):
 def whole(job):
     """Free phase, errors down, the nudged sweep; and learns, where that has settled."""
     head, tables = read(job)
-    share_, given, nudged, most = numba.carray(doubles(head[AT.terms]), (TERMS,))
+    relative, given, nudged, most = numba.carray(doubles(head[AT.terms]), (TERMS,))
     found = numba.carray(doubles(head[AT.found]), (FOUND,))
     before, first = alone(head), lane(head) == 0
     lane_sums(head)[:] = 0
     falling(head, tables)
     wait(head)
-    beta, residual = _strength(head, share_, given), 0.0
-    # What is not finite in the squares of errors, activities or the input is not in the bound.
+    beta, residual = _strength(head, relative, given), 0.0
+    # Squares of errors, activities or the input that are not finite make the bound so, too.
     sound = math.isfinite(total(head, 4)) and math.isfinite(_largest(head))
     if nudged == 0:
         _unmoved(head, tables)
     elif sound:
-        rising(head, tables, numba.float32(beta))
-        wait(head)
+        active = rising(head, tables, numba.float32(beta))
+        wait(head)  # by now all of them have asked for the bound at the free states
+        lane_sums(head)[3] = active
         if first:
             finite = math.isfinite(total(head, 5))
             found[2] = (
@@ -125,7 +126,7 @@ def whole(job):
         learning(head, tables)
     if first:
         numba.carray(doubles(head[AT.beta]), (1,))[0] = beta
-        found[0], found[1] = (LEARNED if learns else _SETTLED) if sound else _UNSOUND, beta
+        found[0], found[1] = (LEARNED if learns else _SWEPT) if sound else _UNSOUND, beta
         numba.carray(floats(head[AT.mean]), (1,))[0] = total(head, 4) / head[AT.batch]
         for which in range(SUMS):
             found[3 + which] = total(head, which)

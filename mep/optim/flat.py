@@ -44,7 +44,7 @@ class FlatSteps:
         self._homes: list[int] = []  # the group of every weight, and then of every bias
         self._known: list[int | None] | None = None  # where their momenta are
         self._seen: list[Any] = []  # which groups have momenta, and all there are
-        self._where: list[int] = []
+        self._where: list[Any] = []  # and the shapes of what has them
         self._numbers: list[tuple[float, ...]] = []  # of the groups, and which step has them
         self._knows_them: Captured | None = None
 
@@ -122,7 +122,8 @@ class FlatSteps:
         """Returns what ``momenta`` does, looked up again where any has become another."""
         seen: list[Any] = [bool(group["momentum"]) for group in groups]
         buffers = [own.get("momentum_buffer") for own in state.values()]
-        where = [m.data_ptr() for m in buffers if m is not None]
+        where: list[Any] = [m.data_ptr() for m in buffers if m is not None]
+        where += [p.shape for p in self._every if p is not None]
         if where != self._where or not _same([*seen, *buffers], self._seen):
             self._known = momenta(self._every, self._homes, groups, state)
             self._where, self._seen = where, [*seen, *buffers]
