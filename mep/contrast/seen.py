@@ -11,6 +11,7 @@ from torch import nn
 __all__ = ["Seen", "unchanged"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_PARTS = ("_modules", "_buffers")
 
 
 class Seen:
@@ -23,11 +24,13 @@ class Seen:
 
     def __init__(self, module: nn.Module) -> None:
         self.state = vars(module)
-        plain = tuple(name for name, v in self.state.items() if _is_plain(v))
-        self.read = _reader(plain)
-        self.seen, self.size = tuple(map(_kept, self.read(self.state))), len(self.state)
         self.children = [*self.state["_modules"].values()]
         self.buffers = [*self.state["_buffers"].values()]
+        plain = [name for name, v in self.state.items() if _is_plain(v)]
+        # Most modules have no parts, which is then one of the things that are read at once.
+        plain += [name for name in _PARTS if not self.state[name]]
+        self.read = _reader(tuple(plain))
+        self.seen, self.size = tuple(map(_kept, self.read(self.state))), len(self.state)
 
 
 def unchanged(modules: list[Seen]) -> bool:
@@ -37,11 +40,9 @@ def unchanged(modules: list[Seen]) -> bool:
             state = known.state
             if len(state) != known.size or known.read(state) != known.seen:
                 return False
-            children, buffers = state["_modules"], state["_buffers"]
-            # Most modules have none.
-            if (children or known.children) and not _are(children, known.children):
+            if known.children and not _are(state["_modules"], known.children):
                 return False
-            if (buffers or known.buffers) and not _are(buffers, known.buffers):
+            if known.buffers and not _are(state["_buffers"], known.buffers):
                 return False
     except KeyError:  # an attribute is gone
         return False

@@ -223,19 +223,10 @@ class Captured:
         return loss
 
     def _sweep(self, loop: Any, passes: int) -> Swung:
-        top, below, _, self._active, _, total = self._run(loop, passes)
-        self._squares = top + below
-        median, middle = math.nan, (self._batch - 1) // 2  # the lower of two, as torch's
-        if total == total:
-            median = float(np.partition(self._left[0].numpy(), middle)[middle])
-        return Swung(*self._left, median, total)
-
-    def _run(self, loop: Any, passes: int) -> list[float]:
-        """Calls a loop; returns what it has summed up over all samples."""
-        self._sums.fill(0)  # not every call takes all threads
         self._call(loop, passes)
-        # Nothing else adds up a few numbers in so little time.
-        return [*map(sum, zip(*self._sums.tolist(), strict=True))]
+        _, _, median, top, below, _, self._active, _, total = self._found.tolist()
+        self._squares = top + below
+        return Swung(*self._left, median, total)
 
     def _call(self, loop: Any, passes: int) -> None:
         if len(self._sums) < torch.get_num_threads():

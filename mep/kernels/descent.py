@@ -18,6 +18,7 @@ from mep.kernels.flat import clear, copy, square
 from mep.kernels.job import AT, lane_sums, read
 from mep.kernels.perceptron import finish
 from mep.kernels.team import N, T, alone, as_before, product, share
+from mep.kernels.whole import tell
 
 __all__ = ["begin", "relax"]
 
@@ -137,9 +138,11 @@ def relax(job):
     before, sums = alone(head), lane_sums(head)
     numbers = numba.carray(doubles(head[AT.beta]), (3,))
     beta, rate, momentum = _f32(numbers[0]), _f32(numbers[1] * numbers[0]), _f32(numbers[2])
+    sums[:] = 0
     for _ in range(head[AT.steps]):
         _move_all(head, tables, lo, rows, rate, momentum)
         sums[0], sums[1], sums[3] = _up(head, tables, lo, rows, beta)
         _down(head, tables, lo, rows)
         sums[5] = finish(head, tables, lo, rows, beta, head[AT.moved] + 4 * lo * head[AT.most])
+    tell(head)
     as_before(head, before)

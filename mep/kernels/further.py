@@ -18,6 +18,7 @@ from mep.kernels.flat import clear, copy, square
 from mep.kernels.job import AT, lane_sums, read, strength
 from mep.kernels.perceptron import finish
 from mep.kernels.team import N, T, alone, as_before, product, share
+from mep.kernels.whole import tell
 
 __all__ = ["again"]
 
@@ -175,8 +176,10 @@ def again(job):
     head, tables = read(job)
     lo, rows = share(head, head[AT.batch])
     before, sums, beta = alone(head), lane_sums(head), strength(head)
+    sums[:] = 0
     sums[0] = _down(head, tables, lo, rows, beta)
     sums[1], sums[3] = _up(head, tables, lo, rows, beta)
     top = head[AT.depth] - 1
     sums[5] = finish(head, tables, lo, rows, beta, tables[12][top] + 4 * lo * tables[0][top])
+    tell(head)
     as_before(head, before)

@@ -20,7 +20,7 @@ from mep.kernels.job import AT, SUMS, lane_sums, read, total
 from mep.kernels.perceptron import falling, learning, rising
 from mep.kernels.team import alone, as_before, lane, share, wait
 
-__all__ = ["FOUND", "LEARNED", "TERMS", "whole"]
+__all__ = ["FOUND", "LEARNED", "TERMS", "tell", "whole"]
 
 # The relative strength of the nudge, 0 where the strength itself is given; that one; whether there
 # is a nudged sweep; and the median residual up to which is learned at once, negative for never.
@@ -58,6 +58,25 @@ def _median(values_, room_, count):
         else:
             break
     return float(room[middle])
+
+
+@njit(inline="always")
+def _middle(head):
+    """Returns the median residual; no number where one is not finite."""
+    if not math.isfinite(total(head, 5)):
+        return math.nan
+    return _median(head[AT.residual], head[AT.norm], head[AT.batch])
+
+
+@njit(inline="always")
+def tell(head):
+    """Leaves the median residual and all sums, once all threads have come here."""
+    wait(head)
+    if lane(head) == 0:
+        found = numba.carray(doubles(head[AT.found]), (FOUND,))
+        found[2] = _middle(head)
+        for which in range(SUMS):
+            found[3 + which] = total(head, which)
 
 
 @njit(inline="always")
@@ -115,10 +134,7 @@ def whole(job):
         wait(head)  # by now all of them have asked for the bound at the free states
         lane_sums(head)[3] = active
         if first:
-            finite = math.isfinite(total(head, 5))
-            found[2] = (
-                _median(head[AT.residual], head[AT.norm], head[AT.batch]) if finite else math.nan
-            )
+            found[2] = _middle(head)
         wait(head)
         residual = found[2]
     learns = sound and residual <= most and _largest(head) <= _MOST

@@ -88,8 +88,9 @@ class FlatSteps:
             return None
         with phase("mep: update"):
             if not swept.learned:
-                made = make_momenta(every, self._homes, groups, state)
-                self._teach(made, groups, swept.captured)
+                if teach is None:
+                    made = make_momenta(every, self._homes, groups, state)
+                    self._teach(made, groups, swept.captured)
                 swept.captured.learn()
             # A graph that still needs the weights as they were is to notice.
             increment_version([p for p in every if p is not None])
