@@ -212,16 +212,23 @@ def plot(record: Record) -> Figure:
     figure, axes = canvas(2, table(record).title)
     panels = [("ms", "time per update / ms"), ("ratio", "time relative to the fastest backprop")]
     cases = list(dict.fromkeys(_case(entry) for entry in record.summary["arms"]))
+    apart = len(record.config["nets"]) > 1
     for index, key in enumerate(sorted(record.config["arms"], key=_ORDER.index)):
         entries = [entry for entry in record.summary["arms"] if entry["arm"] == ARMS[key]]
-        places = [cases.index(_case(entry)) for entry in entries]
+        # Nothing lies between two nets; beside each other their arms can be told apart.
+        shift = 0.05 * (index - len(record.config["arms"]) / 2) if apart else 0.0
+        places = [cases.index(_case(entry)) + shift for entry in entries]
         for ax, (quantity, _) in zip(axes, panels, strict=True):
             low, high = zip(*(entry[f"{quantity}_quartiles"] for entry in entries), strict=True)
             middle = [entry[quantity] for entry in entries]
             colour = "0.3" if key == "floor" else f"C{index % 5}"
             style = "-" if index < 5 else "--"
-            ax.plot(places, middle, style, color=colour, marker="o", label=_label(entries))
-            ax.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+            if apart:
+                style = "none"
+                ax.vlines(places, low, high, color=colour, alpha=0.5)
+            else:
+                ax.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+            ax.plot(places, middle, ls=style, color=colour, marker="o", label=_label(entries))
     for ax, (_, quantity) in zip(axes, panels, strict=True):
         ax.set(ylabel=quantity, xlabel=_differing(record.summary["arms"]))
         ax.set_xticks(range(len(cases)), [_short(case, cases) for case in cases])
