@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 import mep
-from mep.bench.plot import canvas, styled, whole_numbers
+from mep.bench.plot import COLOURS, canvas, styled, whole_numbers
 from mep.bench.record import Record
 from mep.bench.table import Table, number
 
@@ -98,9 +98,10 @@ def _course(record: Record, settler: str) -> list[float]:
 def plot(record: Record) -> Figure:
     """Median residual against steps, on a logarithmic scale."""
     figure, (ax,) = canvas(1, table(record).title)
-    for entry in record.summary["settlers"]:
+    for k, entry in enumerate(record.summary["settlers"]):
         course = _course(record, entry["settler"])
-        ax.plot(range(len(course)), course, marker="o", label=entry["settler"])
+        style = "-" if k < len(COLOURS) else "--"  # by then colours come again
+        ax.plot(range(len(course)), course, style, marker="o", label=entry["settler"])
     ax.axhline(1e-2, color="#888888", linestyle=":", linewidth=1)
     ax.annotate(
         "settled below", (1, 1e-2), xycoords=("axes fraction", "data"),
