@@ -404,7 +404,7 @@ def test_momenta_of_a_layer_that_has_grown_are_left_to_the_reference(taken):
 @pytest.mark.parametrize("count", [1, 2, 7, 128])
 @pytest.mark.parametrize("kind", ["random", "sorted", "reversed", "equal", "ties"])
 def test_median_is_torch_s(count, kind):
-    from mep.kernels.whole import _median
+    from mep.kernels.sweep import _median
 
     torch.manual_seed(0)
     x = {

@@ -54,4 +54,4 @@ def test_compiled_calls_have_names():
     x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
     found = profiling.run(lambda: optimizer.step(x=x, target=y), 2, {"label": "ep"}, "mep profile")
     named = {(r["phase"], r["operation"]) for r in found.rows if "compiled" in r["operation"]}
-    assert named == {("settle", "compiled whole"), ("update", "compiled learn")}
+    assert named == {("settle", "compiled sweep"), ("update", "compiled learn")}

@@ -16,8 +16,8 @@ from mep.kernels.further import again
 from mep.kernels.job import AT, NUMBERS, SUMS, Job, addresses, empty
 from mep.kernels.library import Native
 from mep.kernels.perceptron import learn
+from mep.kernels.sweep import FOUND, LEARNED, TERMS, sweep
 from mep.kernels.team import call
-from mep.kernels.whole import FOUND, LEARNED, TERMS, whole
 
 __all__ = ["Captured", "First", "Swung"]
 
@@ -165,7 +165,7 @@ class Captured:
             self._terms[:] = self._asked = terms
         loss = self._make_room()
         self._job.array[AT.mean] = loss.data_ptr()
-        self._call(whole, 4)
+        self._call(sweep, 4)
         stage, beta, median, *sums = self._found.tolist()
         if not stage:
             return None

@@ -17,8 +17,8 @@ from mep.kernels.cpu import doubles, floats, moved_from, slope
 from mep.kernels.flat import clear, copy, square
 from mep.kernels.job import AT, lane_sums, read
 from mep.kernels.perceptron import finish
+from mep.kernels.sweep import tell
 from mep.kernels.team import N, T, alone, as_before, product, share
-from mep.kernels.whole import tell
 
 __all__ = ["begin", "relax"]
 

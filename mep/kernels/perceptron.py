@@ -1,7 +1,7 @@
 """A step of a multilayer perceptron in compiled parts: of all of it, or a segment at a time.
 
 All of it is *falling*, free phase, cost, and the errors' way down; *rising*, the nudged sweep and
-its residual; *learning*, the contrast, straight into momenta or weights: ``whole`` calls them. A
+its residual; *learning*, the contrast, straight into momenta or weights: ``sweep`` calls them. A
 segment is walked through by *ascend*, the free phase alone; *descend*, the free phase and the
 errors' way down; *climb*, both and the nudged sweep; and *learn*. A job has numbers of its own
 after the common ones, ``HEAD`` in all, and then tables with one entry for every layer, ``TABLES``.

@@ -20,7 +20,7 @@ from mep.kernels.job import AT, SUMS, lane_sums, read, total
 from mep.kernels.perceptron import falling, learning, rising
 from mep.kernels.team import alone, as_before, lane, share, wait
 
-__all__ = ["FOUND", "LEARNED", "TERMS", "tell", "whole"]
+__all__ = ["FOUND", "LEARNED", "TERMS", "sweep", "tell"]
 
 # The relative strength of the nudge, 0 where the strength itself is given; that one; whether there
 # is a nudged sweep; and the median residual up to which is learned at once, negative for never.
@@ -115,7 +115,7 @@ def _unmoved(head, tables):
         residual[b] = 0.0 if squares == 0 else 1.0
 
 
-def whole(job):
+def sweep(job):
     """Free phase, errors down, the nudged sweep; and learns, where that has settled."""
     head, tables = read(job)
     relative, given, nudged, most = numba.carray(doubles(head[AT.terms]), (TERMS,))
