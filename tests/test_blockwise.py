@@ -11,6 +11,7 @@ from torch import nn
 
 import mep
 from mep.blocks import layers, run
+from mep.blocks.local import LocalBlock
 from mep.optim.optimizer import Updating
 
 # float64 rounding of three steps: rules and constraints treat equal shapes as one batch otherwise.
@@ -158,6 +159,35 @@ def test_no_gradient_outlives_its_block(monkeypatch, net):
     every = sum(q.dim() > 1 for q in model.parameters())
     assert most_alive(monkeypatch, copy.deepcopy(model), x, y, False) == every
     assert most_alive(monkeypatch, model, x, y, True) == 1
+
+
+class Wave(nn.Module):
+    """A block without a closed form."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return torch.sin(self.layer(x))
+
+
+@pytest.mark.parametrize("blockwise", [True, False])
+def test_no_gradient_of_an_autograd_block_outlives_it(blockwise, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), *(Wave() for _ in range(4)), nn.Linear(6, 4)).double()
+    found, most, original = [], [0], LocalBlock._learn
+
+    def noting(self, point, *rest, **more):
+        result = original(self, point, *rest, **more)
+        found.append(weakref.ref(point.learned))
+        most[0] = max(most[0], sum(ref() is not None for ref in found))
+        return result
+
+    monkeypatch.setattr(LocalBlock, "_learn", noting)
+    opt = optimizer(model, blockwise, update=mep.Normalised())
+    opt.step(x=torch.randn(5, 3).double(), target=torch.tensor([0, 1, 2, 3, 0]))
+    assert len(found) == 4 and most[0] == (1 if blockwise else 4)
 
 
 # --- what it cannot do ---------------------------------------------------------------------------
