@@ -15,14 +15,26 @@ A layer's state, and what there is of it, is ``(B, width)``. A segment above the
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numba
 from numba import njit
 
-from mep.kernels.cpu import activate, cross_entropy, doubles, floats, integers, nudge, pull
+from mep.kernels.cpu import (
+    activate,
+    compiled,
+    cross_entropy,
+    doubles,
+    floats,
+    integers,
+    nudge,
+    pull,
+)
 from mep.kernels.flat import add, clear, copy, push, square, sum_of
 from mep.kernels.job import AT, NUMBERS, lane_sums, read, strength
 from mep.kernels.team import N, T, alone, as_before, product, share
+
+_part = partial(compiled, njit)  # once for itself, and not again for everyone who calls it
 
 __all__ = [
     "ascend", "climb", "descend", "falling", "finish", "learn", "learning", "rising",
@@ -188,7 +200,7 @@ def climb(job):
     as_before(head, before)
 
 
-@njit(inline="always")
+@_part
 def falling(head, tables):
     """Free phase, cost and its gradient, errors down, and sums, of this thread's samples.
 
@@ -212,7 +224,7 @@ def falling(head, tables):
     sums[0], sums[1] = _down(head, tables, lo, rows)
 
 
-@njit(inline="always")
+@_part
 def rising(head, tables, beta):
     """The nudged sweep and its residual, of this thread's samples; returns activities' squares."""
     lo, rows = share(head, head[AT.batch])
@@ -272,7 +284,7 @@ def learn(job):
     as_before(head, before)
 
 
-@njit(inline="always")
+@_part
 def learning(head, tables):
     """The same, of this thread's units."""
     width, weight, y, depth = tables[0], tables[2], tables[8], head[AT.depth]
