@@ -124,14 +124,15 @@ class LocalBlock(Block):
         return delta, moved, sample_norm(pulled - e)
 
     def signals(self, point: _Point, e: Tensor, scale: float) -> Iterator[Signal]:
-        if not self._learning():
+        wanted = self._learning()
+        if not wanted:
             return
         if point.learned is None or point.learned.error is not e:
             self._learn(point, e, pull=False)
         # Handed out, and made again for the next who asks: a point may outlive its signals.
         learned, point.learned = point.learned, None
         assert learned is not None
-        evaluate, wanted = partial(self._evaluate, point, point.state), self._learning()
+        evaluate = partial(self._evaluate, point, point.state)
         rows, each = _Rows(self._body, evaluate, e), _Each(evaluate, wanted, e)
         for parameter, gradient in zip(wanted, learned.gradients, strict=True):
             if gradient is not None:
